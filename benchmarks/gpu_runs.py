@@ -29,7 +29,7 @@ from mipipe.graphs.serialize import load, save
 from mipipe.graphs.topology import Topology
 from mipipe.runtime.ranks import comm
 from mipipe.runtime.ranks import mesh as meshes
-from mipipe.runtime.ranks.mesh import GroupSpec, Use
+from mipipe.runtime.ranks.groups import GroupSpec, Use
 from mipipe.runtime.ranks.options import EngineOptions
 
 Report = dict[str, Any]

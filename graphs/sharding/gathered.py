@@ -4,7 +4,9 @@ Every copy runs the whole of its segments on samples of its own, so a trace stay
 With stage 3 an all-gather makes one whole before F reads it, and once more before the backward does, and a
 reduce-scatter leaves of its gradient the part that the copy has. With stage 2 parameters are whole while a step runs,
 and of every microbatch's gradient the part stays; with stage 1 the trace is what it is, and the sum over microbatches
-is scattered. There the engine gathers what copies updated (`mipipe.runtime.engine.parts`).
+is scattered. There the engine gathers what copies updated (`mipipe.runtime.engine.parts`). Banks of experts that groups
+of copies share are in parts over the copies that hold the same experts, which have those of every expert: as with stage
+1, whatever the stage is.
 """
 
 from __future__ import annotations
@@ -20,11 +22,15 @@ from mipipe.graphs.sharding.team_graph import Division, MemberGraph
 
 COPIES = "copies"
 """The axis that copies of the plan are along."""
+EXPERT_COPIES = "expert_copies"
+"""The axis of the copies of a plan that hold the same experts."""
 
 
-def gathered(member: MemberGraph, size: int, zero: int = 3, apart: Collection[str] = ()) -> MemberGraph:
+def gathered(member: MemberGraph, size: int, zero: int = 3, apart: Collection[str] = (),
+             expert_copies: int = 1) -> MemberGraph:
     """The graph of a copy, of ``size``, that holds a part of every parameter whose first dimension divides; below stage
-    3 (``zero``) of those that train. ``apart``: parameters (canonical FQNs) that copies hold otherwise: experts."""
+    3 (``zero``) of those that train. ``apart``: parameters (canonical FQNs) that copies hold otherwise: banks, of whose
+    experts each of ``expert_copies`` copies with the same ones holds a part along the second dimension."""
     graph = member.graph
     canonical = {item.fqn: item.tied_to or item.fqn for item in graph.parameters}
     parts = {item.fqn for item in graph.parameters if not item.buffer and item.tied_to is None and item.fqn not in apart
@@ -43,7 +49,12 @@ def gathered(member: MemberGraph, size: int, zero: int = 3, apart: Collection[st
     divisions = dict(member.divisions)
     for fqn in parts:
         divisions[fqn] = (*divisions.get(fqn, ()), Division(COPIES, size, 0))
-    local = tuple(replace(item, spec=_part(item.spec, size)) if canonical[item.fqn] in parts else item
+    banks = {item.fqn for item in graph.parameters if item.fqn in apart and item.trainable and expert_copies > 1
+             and fits(item.spec.shape, divided(1), expert_copies)}
+    for fqn in banks:
+        divisions[fqn] = (*divisions.get(fqn, ()), Division(EXPERT_COPIES, expert_copies, 1))
+    local = tuple(replace(item, spec=_part(item.spec, size)) if canonical[item.fqn] in parts else
+                  replace(item, spec=_part(item.spec, expert_copies, 1)) if canonical[item.fqn] in banks else item
                   for item in graph.parameters)
     changed: OperatorGraph = replace(graph, segments=tuple(segments), parameters=local, modes=None,
                                      traces=tuple({trace.digest: trace for trace in made.values()}.values()))
@@ -76,5 +87,5 @@ def _over_copies(trace: SegmentTrace, names: tuple[str, ...], size: int, zero: i
     return with_again(done, set(whole.values())) if zero == 3 else done
 
 
-def _part(spec: TensorSpec, size: int) -> TensorSpec:
-    return replace(spec, shape=local_shape(spec.shape, divided(0), size))
+def _part(spec: TensorSpec, size: int, dim: int = 0) -> TensorSpec:
+    return replace(spec, shape=local_shape(spec.shape, divided(dim), size))

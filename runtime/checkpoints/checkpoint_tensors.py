@@ -91,9 +91,16 @@ def _state_key(name: str, state: str) -> KeyOf:
 
 
 def _split(key: KeyOf, item: Any, rows: Sequence[int] | None, piece: Piece | None) -> dict[str, Any]:
+    if piece is not None and rows is not None:  # of each expert a part
+        return {key(_of_rows(piece, [row]).suffix): item[place:place + 1] for place, row in enumerate(rows)}
     if piece is not None:
         return {key(piece.suffix): item}
     return {key(""): item} if rows is None else {key(f"[{row}]"): item[place] for place, row in enumerate(rows)}
+
+
+def _of_rows(piece: Piece, rows: Sequence[int]) -> Piece:
+    """Of these rows what a piece of a bank has of all."""
+    return Piece(piece.shape, {**piece.ranges, 0: tuple((row, row + 1) for row in rows)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +139,13 @@ class Wanted:
         self.parts = stored_parts(self.stored)
 
     def add(self, key: KeyOf, tensor: Tensor, rows: Sequence[int] | None, piece: Piece | None) -> None:
-        """Ask for a tensor, for ``rows`` of it, or for a piece.
+        """Ask for a tensor, for ``rows`` of it, for a piece, or for what a piece has of rows.
 
         Raises:
             InputError: it is not there, or has another shape.
         """
+        if piece is not None and rows is not None:
+            piece, rows = _of_rows(piece, rows), None
         target = piece or Piece(tuple(tensor.shape), {} if rows is None else
                                 {0: tuple((row, row + 1) for row in rows)})
         parts = self.parts.get(key(""), [])

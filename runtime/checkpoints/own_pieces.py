@@ -28,14 +28,16 @@ def divided_names(engine: Engine) -> list[str]:
     holds: all processes that have parts of one name it. All ranks must call."""
     mesh, pieces = engine.mesh, held_pieces(engine)
     held = [name for name in (*engine.weights.parameters, *engine.weights.buffers)
-            if name in pieces and (not mesh.copy or engine.compiled.apart(name))]
+            if name in pieces and (not mesh.copy or engine.compiled.apart(name) or name in engine.compiled.banks)]
     earlier = {name for rank, names in gather((mesh.rank, held)) for name in names if rank < mesh.rank}
     return [name for name in held if name not in earlier]
 
 
 def put_together(engine: Engine, names: Iterable[str]) -> Iterator[tuple[StoredPiece, Tensor]]:
-    """What is divided, whole, one tensor after the other, for the first process. All that have parts must take all."""
+    """What is divided, whole, one tensor after the other, for the first process; banks expert by expert for the first
+    that has each. All that have parts must take all."""
     compiled, mesh = engine.compiled, engine.mesh
+    slots = _first_slots(engine)
     axes = axes_of(mesh, compiled.waits)
     for name in names:
         tensor = engine.weights.parameters.get(name, engine.weights.buffers.get(name))
@@ -43,17 +45,34 @@ def put_together(engine: Engine, names: Iterable[str]) -> Iterator[tuple[StoredP
         whole = tensor.detach()
         for item in reversed(compiled.divisions[name]):
             whole = whole_of(axes[item.axis].gather(whole), item.dim, item.sections)
-        if not mesh.member and not mesh.copy:
+        if name in slots:
+            yield from (((name, (row, row + 1)), whole[slot:slot + 1]) for slot, row in slots[name])
+        elif name not in compiled.banks and not mesh.member and not mesh.copy:
             yield parse_slice(name), whole
+
+
+def _first_slots(engine: Engine) -> dict[str, list[tuple[int, int]]]:
+    """Of banks the slots here, with their experts, that no process before this one has of these."""
+    exchange = engine.compiled.experts
+    if exchange is None or engine.mesh.copy >= exchange.size:
+        return {}
+    return {bank: [(slot, int(exchange.tables[number].experts[exchange.rank, slot]))
+                   for slot in exchange.tables[number].first_of(exchange.rank)]
+            for number in exchange.local for bank in exchange.layers[number].banks}
 
 
 def divided_shapes(engine: Engine, names: Iterable[str]) -> dict[StoredPiece, Tensor]:
     """What `put_together` will give, on the meta device."""
-    pieces, found = held_pieces(engine), dict[StoredPiece, Tensor]()
-    for name in names if not engine.mesh.member and not engine.mesh.copy else ():
+    pieces, slots, found = held_pieces(engine), _first_slots(engine), dict[StoredPiece, Tensor]()
+    first = not engine.mesh.member and not engine.mesh.copy
+    for name in names:
         tensor = engine.weights.parameters.get(name, engine.weights.buffers.get(name))
         assert tensor is not None
-        found[parse_slice(name)] = torch.empty(pieces[name].shape, dtype=tensor.dtype, device="meta")
+        whole = torch.empty(pieces[name].shape, dtype=tensor.dtype, device="meta")
+        if name in slots:
+            found |= {(name, (row, row + 1)): whole[row:row + 1] for _, row in slots[name]}
+        elif first and name not in engine.compiled.banks:
+            found[parse_slice(name)] = whole
     return found
 
 

@@ -29,26 +29,30 @@ class Gathers:
     def __init__(self, local: LocalRank, waits: comm.Waits) -> None:
         self._weights, self._mesh, self._waits = local.weights, local.mesh, waits
         self._groups: list[list[str]] = []
-        filling: dict[torch.dtype, tuple[list[str], int]] = {}
+        filling: dict[tuple[torch.dtype, bool], tuple[list[str], int]] = {}
+        self._banks = local.banks
         for name, part in self._weights.own.items():
-            names, size = filling.get(part.dtype, ([], 0))
-            filling[part.dtype] = [*names, name], size + part.nbytes
-            if filling[part.dtype][1] >= GATHER_BYTES:
-                self._groups.append(filling.pop(part.dtype)[0])
+            key = part.dtype, name in self._banks
+            names, size = filling.get(key, ([], 0))
+            filling[key] = [*names, name], size + part.nbytes
+            if filling[key][1] >= GATHER_BYTES:
+                self._groups.append(filling.pop(key)[0])
         self._groups += [names for names, _ in filling.values()]
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Bring what the optimizer changed to where phase functions read it, on all copies.
+        """Bring what the optimizer changed to where phase functions read it, on all copies (that hold the same).
 
         Raises:
             RunError: another copy does not come.
         """
         self._weights.refresh()
-        weights, group, copies = self._weights, self._mesh.copy_group, self._mesh.num_copies
-        begun = [(names, *comm.start_gather_parts(group, [weights.compute[name] for name in names],
-                                                  [weights.own[name] for name in names], copies))
-                 for names in self._groups]
+        weights, mesh, begun = self._weights, self._mesh, []
+        for names in self._groups:
+            part = weights.parts[names[0]]
+            group = mesh.expert_copies_group if names[0] in self._banks else mesh.copy_group
+            begun.append((names, *comm.start_gather_parts(group, [weights.compute[name] for name in names],
+                                                          [weights.own[name] for name in names], part.size, part.dim)))
         for names, works, put in begun:
             self._waits.wait(works, functools.partial("all-gather of {} parameters".format, len(names)))
             put()

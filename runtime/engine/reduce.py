@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mipipe.graphs.operators.collectives import part_of
 from mipipe.planner.actions import ActionKind
 from mipipe.runtime.engine.compiling.buckets import Bucket, buckets_of
 from mipipe.runtime.engine.compiling.compiled import Compiled
@@ -73,6 +72,7 @@ class Reducer:
 
     def __init__(self, compiled: Compiled, waits: comm.Waits) -> None:
         self._parameters, self._sums, self._mesh = compiled.weights.parameters, compiled.weights.sums, compiled.mesh
+        self._parts = compiled.weights.parts
         self._waits = waits
         self._pending: list[tuple[list[Any], Bucket]] = []
         self._aside: dict[str, Tensor] = {}
@@ -148,4 +148,4 @@ class Reducer:
             if name in self._sums:
                 whole, self._sums[name].grad = self._sums[name].grad, None
                 assert whole is not None
-                self._parameters[name].grad = part_of(whole, self._mesh.copy, self._mesh.num_copies, 0, 1)
+                self._parameters[name].grad = self._parts[name].of(whole).contiguous()

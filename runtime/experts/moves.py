@@ -188,15 +188,15 @@ class ReplicaSums:
         return parameter.grad
 
 
-def expert_squares(exchange: Exchange, weights: Weights) -> torch.Tensor:
-    """The squared 2-norm of the gradients of all local layers' experts, over the group; replicas count once: [],
-    float64."""
+def expert_squares(exchange: Exchange, weights: Weights, first_copies: bool) -> torch.Tensor:
+    """The squared 2-norm of the gradients of all local layers' experts, over the group; replicas count once, and where
+    not ``first_copies`` only what other copies of the same experts have no part of: [], float64."""
     counted = []
     for number in exchange.local:
         first = exchange.firsts[number]
         for name in exchange.layers[number].banks:
             gradient = weights.parameters[name].grad
-            if gradient is not None:
+            if gradient is not None and (first_copies or name in weights.parts):
                 counted.append(gradient if first is None else gradient[first])
     norms = torch._foreach_norm(counted) if counted else ()
     total = torch.stack([torch.zeros((), dtype=torch.float64, device=exchange.device),
@@ -264,7 +264,5 @@ def _move_bank(exchange: Exchange, weights: Weights, name: str, plan: RowPlan,
         parameter.grad = moved(gradient)
     for key in keys:
         state[key] = moved(state[key])
-    compute = weights.compute[name]
-    if compute is not parameter:
-        compute.data = parameter.detach().to(compute.dtype)
+    weights.fit(name)
     return row_bytes

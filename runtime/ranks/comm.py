@@ -67,11 +67,11 @@ def start_reduce_scatters(group: Any, parts: Sequence[torch.Tensor], wholes: Seq
     return _together(group, parts, lambda part: _REDUCE_SCATTER(part, pairs[id(part)], group=group, async_op=True))
 
 
-def start_gather_parts(group: Any, wholes: Sequence[torch.Tensor], parts: Sequence[torch.Tensor],
-                       size: int) -> tuple[list[Any], Callable[[], None]]:
-    """The works of a gathering of every rank's ``parts`` (of one dtype) into ``wholes`` along the first dimension, and
-    what to call when they are done; a part may be the view of its whole."""
-    if wholes[0].is_cuda:
+def start_gather_parts(group: Any, wholes: Sequence[torch.Tensor], parts: Sequence[torch.Tensor], size: int,
+                       dim: int = 0) -> tuple[list[Any], Callable[[], None]]:
+    """The works of a gathering of every rank's ``parts`` (of one dtype) into ``wholes`` along a dimension, and what to
+    call when they are done; a part may be the view of its whole."""
+    if wholes[0].is_cuda and not dim:
         pairs = dict(zip(map(id, parts), wholes, strict=True))
         return _together(group, parts, lambda part: _ALL_GATHER(pairs[id(part)], part, group=group,
                                                                 async_op=True)), lambda: None
@@ -81,7 +81,8 @@ def start_gather_parts(group: Any, wholes: Sequence[torch.Tensor], parts: Sequen
     def put() -> None:
         place = 0
         for whole, part in zip(wholes, parts, strict=True):
-            whole.view(size, -1).copy_(every[:, place:place + part.numel()])
+            found = every[:, place:place + part.numel()].unflatten(1, part.shape)
+            whole.unflatten(dim, (size, -1)).movedim(dim, 0).copy_(found)
             place += part.numel()
 
     return [dist.all_gather(list(every), flat, group=group, async_op=True)], put

@@ -16,10 +16,9 @@ import atexit
 import gc
 import os
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from enum import Enum
 from typing import Any
 
 import torch
@@ -27,28 +26,22 @@ import torch.distributed as dist
 import torch.distributed.nn
 
 from mipipe.graphs.errors import RunError
-from mipipe.graphs.sharding.gathered import COPIES
+from mipipe.graphs.sharding.gathered import COPIES, EXPERT_COPIES
 from mipipe.graphs.topology import Topology
 from mipipe.planner.device_memory import CHANNEL_BLOCKS, GROUP_BLOCKS
-from mipipe.planner.execution.opening import opening_order
 from mipipe.planner.program import Program
 from mipipe.planner.team import Team
 from mipipe.runtime.ranks import comm
+from mipipe.runtime.ranks.groups import ALONE, GroupSpec, Places, Shared, Use, group_specs, places_of
 from mipipe.runtime.ranks.processes import gather
-
-ALONE = Team({})
-"""A rank that is one device."""
-Places = Mapping[tuple[int, int, int], int]
-"""Global ranks by copy, plan rank and member."""
-Shared = tuple[tuple[int, ...], tuple[str, ...], bool]
-"""Plan ranks, and axes of their teams, whose members have a sum together; whether each copy has one of its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
     """This process's place and its groups. All ranks here are the plan's; ``places`` maps them to global ranks.
 
-    ``copy`` counts the data-parallel copies of the plan, ``member`` the members of this rank's team (``team``).
+    ``copy`` counts the data-parallel copies of the plan, of which ``sharing`` neighbours share experts, ``member`` the
+    members of this rank's team (``team``).
     ``channels[(source, target)]`` hold the groups of this copy and member, ``reductions[ranks, axes, apart]`` those
     plan ranks with the members along those axes, in all copies or (``apart``) in this one; ``axes`` the members along
     each axis of the team; ``plan_group`` all of this copy, ``all_group`` all of every copy, ``copy_group`` this member
@@ -65,6 +58,7 @@ class Mesh:
     places: Places
     member: int = 0
     team: Team = ALONE
+    sharing: int = 1
     channels: dict[tuple[int, int], Any] = field(default_factory=dict)
     reductions: dict[Shared, Any] = field(default_factory=dict)
     axes: dict[str, Any] = field(default_factory=dict)
@@ -100,8 +94,8 @@ class Mesh:
 
     @property
     def place(self) -> dict[str, int]:
-        """Where this process is along every axis of its team, and which copy it is of."""
-        return {**self.team.coordinates(self.member), COPIES: self.copy}
+        """Where this process is along every axis of its team, and which copy it is of, also of the same experts."""
+        return {**self.team.coordinates(self.member), COPIES: self.copy, EXPERT_COPIES: self.copy // self.sharing}
 
     def reduction(self, ranks: Iterable[int], axes: tuple[str, ...] = (), apart: bool = False) -> Any:
         """The group that sums what a set of ranks holds, over the members along some axes and (not ``apart``) all
@@ -133,7 +127,7 @@ def build_mesh(program: Program, shared: Iterable[Shared] = (), *, team: Team = 
     num_copies = world_size // (num_ranks * team.members)
     places = places_of(_process_order(topology, world_size), num_ranks, num_copies, team)
     copy, rank, member = next(place for place, number in places.items() if number == dist.get_rank())
-    mesh = Mesh(rank, num_ranks, copy, num_copies, device or torch.device("cpu"), places, member, team)
+    mesh = Mesh(rank, num_ranks, copy, num_copies, device or torch.device("cpu"), places, member, team, sharing)
     timeout = timedelta(seconds=timeout_s)
     for spec in group_specs(program, shared, places, sharing, mesh.device.type != "cpu", team, across):
         group = _create(spec, mesh.device, timeout)
@@ -161,91 +155,6 @@ def check_processes(processes: int, num_ranks: int, team: Team) -> None:
         what = f"{num_ranks} ranks" + (f" of {team.members} devices ({team.text()})" if team.members > 1 else "")
         raise RunError(f"{processes} processes were started, but the plan has {what}; start {devices} (torchrun"
                        f" --nproc-per-node {devices}), or a multiple of it for data-parallel copies")
-
-
-def places_of(order: Sequence[int], num_ranks: int, num_copies: int, team: Team) -> Places:
-    """Global ranks by (copy, plan rank, member), of processes in this order: copy by copy; with teams the members
-    first, then the copies, as `mipipe.planner.team` has it."""
-    if team is ALONE:
-        return {(copy, rank, 0): order[copy * num_ranks + rank] for copy in range(num_copies)
-                for rank in range(num_ranks)}
-    return {(copy, rank, member): order[(rank * num_copies + copy) * team.members + member]
-            for rank in range(num_ranks) for copy in range(num_copies) for member in range(team.members)}
-
-
-class Use(Enum):
-    """What a group is for; the values of single ones are `Mesh`'s names."""
-
-    CHANNEL = "channels"
-    AXIS = "axes"
-    PLAN = "plan_group"
-    ALL = "all_group"
-    REDUCTION = "reductions"
-    COPY = "copy_group"
-    COPY_CONTROL = "copy_control"
-    EXCHANGE = "exchange_group"
-    EXPERT_COPIES = "expert_copies_group"
-
-
-@dataclass(frozen=True, slots=True)
-class GroupSpec:
-    """A group to be made: ``members`` as global ranks, for a channel the source first; ``key`` as `Mesh` has it."""
-
-    use: Use
-    key: Any
-    members: tuple[int, ...]
-
-    @property
-    def control(self) -> bool:
-        """Whether it carries CPU tensors only."""
-        return self.use is Use.COPY_CONTROL
-
-
-def group_specs(program: Program, shared: Iterable[Shared], places: Places, sharing: int, apart: bool,
-                team: Team = ALONE, across: bool = False) -> list[GroupSpec]:
-    """All groups of all copies in the one order in which every process makes and opens its own.
-
-    ``sharing``: copies that share experts. ``apart``: control traffic has another backend than tensors.
-    """
-    num_ranks, members = len(program.ranks), range(team.members)
-    copies = range(len(places) // (num_ranks * team.members))
-    sums = set(shared)
-    communicators = opening_order(program, {ranks for ranks, axes, alone in sums if not axes and not alone})
-    specs = []
-    for copy in copies:
-        specs += [GroupSpec(Use.CHANNEL, item.members, tuple(places[copy, rank, member] for rank in item.members))
-                  for item in communicators if not item.together for member in members]
-        specs += [GroupSpec(Use.AXIS, axis, tuple(places[copy, rank, member] for member in line))
-                  for rank in range(num_ranks) for axis in team.axes for line in lines(team, (axis,))]
-        specs += [GroupSpec(Use.PLAN, (), tuple(number for place, number in places.items() if place[0] == copy))] \
-            if num_ranks * team.members > 1 else []
-    if across:
-        specs.append(GroupSpec(Use.ALL, (), tuple(places.values())))
-    sums = {(item.members, (), False) for item in communicators if item.together} | {
-        item for item in sums if item[1] or item[2]}
-    for key in sorted(sums):
-        ranks, axes, alone = key
-        specs += [GroupSpec(Use.REDUCTION, key, tuple(
-            places[copy, rank, member] for copy in together for rank in ranks for member in line))
-            for together in ([(copy,) for copy in copies] if alone else [tuple(copies)]) for line in lines(team, axes)]
-    uses = [(Use.COPY, [copies]), *([(Use.COPY_CONTROL, [copies])] if apart else [])]
-    if sharing > 1:
-        uses.append((Use.EXCHANGE, [copies[first:first + sharing] for first in copies[::sharing]]))
-    if 1 < sharing < len(copies):
-        uses.append((Use.EXPERT_COPIES, [copies[place::sharing] for place in range(sharing)]))
-    for rank in range(num_ranks if len(copies) > 1 else 0):
-        specs += [GroupSpec(use, (rank,), tuple(places[copy, rank, member] for copy in together))
-                  for member in members for use, parts in uses for together in parts]
-    return specs
-
-
-def lines(team: Team, axes: tuple[str, ...]) -> list[tuple[int, ...]]:
-    """The sets of members that differ along these axes only."""
-    found: dict[tuple[int, ...], list[int]] = {}
-    for member in range(team.members):
-        where = team.coordinates(member)
-        found.setdefault(tuple(place for axis, place in where.items() if axis not in axes), []).append(member)
-    return [tuple(line) for line in found.values()]
 
 
 def check_control() -> None:

@@ -14,7 +14,7 @@ from mipipe.graphs.errors import InputError, shown
 from mipipe.graphs.expressions import search
 from mipipe.graphs.named_code import import_named
 from mipipe.graphs.operator_graph import OperatorGraph, Role
-from mipipe.graphs.sharding.gathered import COPIES
+from mipipe.graphs.sharding.gathered import COPIES, EXPERT_COPIES
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.recipes.matrices import Along, ParameterShard
 from mipipe.runtime.recipes.optimizers import BANK, OPTIMIZERS, SHARD, MatrixOptimizer
@@ -143,7 +143,7 @@ def _apart(groups: Sequence[Mapping[str, Any]], roles: Mapping[int, Role | None]
 def _tell_shards(engine: Engine) -> None:
     """Say on every matrix that members of the team, or copies, hold in parts how it lies (`ParameterShard`), for
     `MatrixOptimizer`."""
-    groups = {**engine.mesh.axes, COPIES: engine.mesh.copy_group}
+    groups = {**engine.mesh.axes, COPIES: engine.mesh.copy_group, EXPERT_COPIES: engine.mesh.expert_copies_group}
     for name, item in engine.named_parameters():
         divisions = engine.compiled.divisions.get(name, ())
         if item.dim() > 1 and divisions:

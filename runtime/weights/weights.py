@@ -11,6 +11,7 @@ from torch import nn
 
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import OperatorGraph
+from mipipe.graphs.operators.collectives import part_of
 from mipipe.graphs.tracing.parameter_slices import parse_slice
 from mipipe.runtime.weights.host_weights import HostWeights
 from mipipe.runtime.weights.pieces import Piece
@@ -21,14 +22,22 @@ WeightSource = Mapping[str, torch.Tensor] | nn.Module | Callable[[], nn.Module] 
 
 
 @dataclass(frozen=True, slots=True)
-class CopyParts:
-    """Parameters of which copy ``copy`` of ``size`` updates a part of the first dimension; ``summed``: their gradients
-    are summed whole over microbatches."""
+class CopyPart:
+    """What copy ``copy`` of ``size`` updates of a parameter: a part of dimension ``dim``; ``summed``: its gradients are
+    summed whole over microbatches."""
 
-    names: frozenset[str]
     copy: int
     size: int
-    summed: bool
+    dim: int = 0
+    summed: bool = True
+
+    def whole_shape(self, part: Sequence[int]) -> tuple[int, ...]:
+        """The shape of a parameter by that of a part."""
+        return tuple(length * self.size if dim == self.dim else length for dim, length in enumerate(part))
+
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        """The part of a whole tensor, a view."""
+        return part_of(whole, self.copy, self.size, self.dim, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +47,8 @@ class Weights:
     ``compute`` holds what the phase functions read: the parameter itself, its copy in the trace's dtype where the
     master weights have another (mixed precision), or the whole of which the parameter is this copy's part. ``homes``
     make the memory of gradients that have a place of their own; others lie where the operator that made them put them.
-    ``own`` is the part in ``compute`` of parameters that are parts, and ``sums`` where their whole gradients are summed
-    (parameters without memory but for ``.grad``); those that the trace scatters have none.
+    ``parts`` says which parameters are parts, ``own`` is that part in ``compute``, and ``sums`` where their whole
+    gradients are summed (parameters without memory but for ``.grad``); those that the trace scatters have none.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -49,6 +58,7 @@ class Weights:
     homes: dict[nn.Parameter, Callable[[], torch.Tensor]] = field(default_factory=dict)
     own: dict[str, torch.Tensor] = field(default_factory=dict)
     sums: dict[str, nn.Parameter] = field(default_factory=dict)
+    parts: Mapping[str, CopyPart] = field(default_factory=dict)
 
     def tensor(self, fqn: str) -> torch.Tensor:
         """The tensor the phase functions read for an FQN."""
@@ -71,6 +81,20 @@ class Weights:
                              " master weights of another dtype; leave 'dtype' out of the train config")
         return self.tensor(fqn).detach()
 
+    def fit(self, name: str) -> None:
+        """Make what is beside a parameter follow its shape and values, after its rows have changed: a bank's experts.
+        Of one that is a part the whole has no values before it is gathered."""
+        parameter, compute = self.parameters[name], self.compute[name]
+        part = self.parts.get(name)
+        if part is not None:
+            shape = part.whole_shape(parameter.shape)
+            compute.data = compute.new_empty(shape)
+            self.own[name] = part.of(compute)
+            if name in self.sums:
+                self.sums[name].data = _without_memory(shape, parameter)
+        elif compute is not parameter:
+            compute.data = parameter.detach().to(compute.dtype)
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy master weights into their compute copies, parts into the whole's part."""
@@ -83,12 +107,13 @@ class Weights:
 def load_weights(graph: OperatorGraph, names: Iterable[str], source: WeightSource, device: torch.device,
                  master_dtype: torch.dtype | None = None,
                  rows: Mapping[str, Sequence[int]] | None = None,
-                 pieces: Mapping[str, Piece] | None = None, parts: CopyParts | None = None) -> Weights:
+                 pieces: Mapping[str, Piece] | None = None,
+                 parts: Mapping[str, CopyPart] | None = None) -> Weights:
     """Weights of the given FQNs, copied from ``source`` to ``device``.
 
     ``rows``: of these parameters only some rows, in this order (the experts a rank holds). ``pieces``: of these only
-    the piece that a member of a team holds; of stored weights nothing else is read. ``parts``: parameters of which this
-    copy updates a part, while what runs reads them whole.
+    the piece that a member of a team holds; of stored weights nothing else is read. ``parts``: what this copy updates
+    of parameters, while what runs reads them whole.
 
     Raises:
         GraphError: a name is missing in the source, its shape differs, or it has no values (meta device).
@@ -125,19 +150,26 @@ def load_weights(graph: OperatorGraph, names: Iterable[str], source: WeightSourc
             continue
         trainable = item.trainable and (dtype.is_floating_point or dtype.is_complex)
         kept = master_dtype if master_dtype is not None and trainable and not dtype.is_complex else dtype
-        if parts is not None and item.fqn in parts.names:
-            shape = (parts.size * found.shape[0], *found.shape[1:])
+        if parts is not None and item.fqn in parts:
+            part = parts[item.fqn]
+            shape = part.whole_shape(found.shape)
             compute[item.fqn] = torch.empty(shape, dtype=dtype, device=device)
-            own[item.fqn] = compute[item.fqn].chunk(parts.size)[parts.copy].copy_(found.detach())
-            part = own[item.fqn] if kept is dtype else found.detach().to(device, kept, copy=True).contiguous()
-            parameters[item.fqn] = nn.Parameter(part)
-            if parts.summed:
-                sums[item.fqn] = nn.Parameter(torch.empty((), dtype=kept, device=device).expand(shape))
+            own[item.fqn] = part.of(compute[item.fqn]).copy_(found.detach())
+            alike = kept is dtype and own[item.fqn].is_contiguous()
+            parameters[item.fqn] = nn.Parameter(
+                own[item.fqn] if alike else found.detach().to(device, kept, copy=True).contiguous())
+            if part.summed:
+                sums[item.fqn] = nn.Parameter(_without_memory(shape, parameters[item.fqn]))
             continue
         parameter = nn.Parameter(found.detach().to(device, kept, copy=True).contiguous(), requires_grad=trainable)
         parameters[item.fqn] = parameter
         compute[item.fqn] = parameter if kept is dtype else parameter.detach().to(dtype)
-    return Weights(parameters, buffers, compute, canonical, own=own, sums=sums)
+    return Weights(parameters, buffers, compute, canonical, own=own, sums=sums, parts=dict(parts or {}))
+
+
+def _without_memory(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """A tensor of this shape that holds one element."""
+    return torch.empty((), dtype=like.dtype, device=like.device).expand(shape)
 
 
 def _find_any(pieces: Mapping[str, Piece], state: Mapping[str, torch.Tensor], fqn: str) -> torch.Tensor | None:

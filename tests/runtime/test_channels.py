@@ -26,7 +26,7 @@ from mipipe.planner.team import Team
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.ranks import comm
 from mipipe.runtime.ranks import mesh as meshes
-from mipipe.runtime.ranks.mesh import ALONE, GroupSpec, Use, group_specs, places_of
+from mipipe.runtime.ranks.groups import ALONE, GroupSpec, Use, group_specs, places_of
 from mipipe.runtime.train import trace
 
 RUNTIME = Path(mipipe.runtime.__file__).parent

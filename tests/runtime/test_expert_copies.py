@@ -66,7 +66,7 @@ def steps_of(plan, graph, state, zero, moves):
     pieces, found = member_pieces(engine.compiled, graph, mesh), []
     for name, item in engine.named_parameters():
         for slot, expert in enumerate(rows.get(name, [])):
-            found.append((name, expert, None, item.grad[slot]))
+            found.append((name, expert, pieces.get(name), item.grad[slot]))
         if name not in rows:
             found.append((name, None, pieces.get(name), item.grad))
     return losses, norms, found

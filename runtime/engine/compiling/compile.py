@@ -12,7 +12,7 @@ import torch.distributed as dist
 from mipipe.graphs.errors import PlanError
 from mipipe.graphs.operator_graph import OperatorGraph, Segment
 from mipipe.graphs.operators.expert_kernels import RETURN, ROUTE, SEND
-from mipipe.graphs.sharding.gathered import COPIES, gathered
+from mipipe.graphs.sharding.gathered import COPIES, EXPERT_COPIES, gathered
 from mipipe.graphs.sharding.team_graph import MemberGraph
 from mipipe.planner.actions import Stream
 from mipipe.planner.check import check_program
@@ -33,10 +33,11 @@ from mipipe.runtime.experts.exchange import kernels_of
 from mipipe.runtime.experts.group import make_exchange, routing_counters
 from mipipe.runtime.experts.layers import expert_degree, expert_layers
 from mipipe.runtime.ranks.comm import Waits, start_all_reduce, wait
-from mipipe.runtime.ranks.mesh import ALONE, Mesh, build_mesh
+from mipipe.runtime.ranks.groups import ALONE
+from mipipe.runtime.ranks.mesh import Mesh, build_mesh
 from mipipe.runtime.ranks.options import EngineOptions
 from mipipe.runtime.ranks.processes import world
-from mipipe.runtime.weights.weights import CopyParts, WeightSource, load_weights
+from mipipe.runtime.weights.weights import CopyPart, WeightSource, load_weights
 
 
 def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program: Program | None, mesh: Mesh | None,
@@ -59,12 +60,11 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
     member = member_graph(team, graph)
     if zero:
         shared = expert_layers(graph) if sharing > 1 else ()
-        member = gathered(member, copies, zero, {name for layer in shared for name in layer.banks})
+        member = gathered(member, copies, zero, {name for layer in shared for name in layer.banks}, copies // sharing)
     whole, graph = graph, member.graph
     flow = gradient_flow(graph)
     stage_of = _stage_of_segments(plan, graph)
     holders, stages_of = _holders(plan, graph, stage_of)
-    apart = {name for name, divisions in member.divisions.items() if any(item.axis == COPIES for item in divisions)}
     if mesh is None:
         mesh = _mesh_of(plan, program, member, holders, device, options, zero, sharing) if dist.is_initialized() \
             else _alone(program, device, team)
@@ -76,7 +76,7 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
     experts = make_exchange(plan, graph, stage_of, mesh, sharing, options, waits)
     weights = load_weights(graph, names, source, device, options.master_dtype,
                            None if experts is None else experts.rows(), member_pieces(member, whole, mesh),
-                           CopyParts(frozenset(apart), mesh.copy, copies, zero == 1) if 0 < zero < 3 else None)
+                           copy_parts(member, mesh, zero))
     loss_gradient = _ones_of_loss(graph, device)
     sampler = None if options.elastic is None else CoActivation(*options.elastic)
     given = joined_kernels(kernels_of(experts), {} if sampler is None else sampled_routers(graph, sampler))
@@ -101,6 +101,16 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
                     exchanges_aside=_exchanges_aside(local, stage_of), sampler=sampler,
                     uncompiled=tuple(item.name for items in segments.values() for item in items
                                      if options.compile and not phases.compiles(phases.trace(item), item.name)))
+
+
+def copy_parts(member: MemberGraph, mesh: Mesh, zero: int) -> dict[str, CopyPart]:
+    """The parameters of which this copy updates a part that is gathered before a step: with ``zero`` 3 banks alone."""
+    found = {}
+    for name, divisions in member.divisions.items():
+        last = divisions[-1]
+        if last.axis == EXPERT_COPIES or (last.axis == COPIES and zero < 3):
+            found[name] = CopyPart(mesh.place[last.axis], last.size, last.dim, last.axis == EXPERT_COPIES or zero == 1)
+    return found
 
 
 def _ones_of_loss(graph: OperatorGraph, device: torch.device) -> torch.Tensor:

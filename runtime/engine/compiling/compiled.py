@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mipipe.graphs.operator_graph import OperatorGraph
-from mipipe.graphs.sharding.gathered import COPIES
+from mipipe.graphs.sharding.gathered import COPIES, EXPERT_COPIES
 from mipipe.graphs.sharding.team_graph import Division
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
@@ -76,7 +76,7 @@ class LocalRank:
     def counts(self, name: str) -> bool:
         """Whether this process counts a parameter, where each element of all is to be counted once: in a copy, or in
         all copies where these hold parts."""
-        mesh, divided = self.mesh, {item.axis for item in self.divisions.get(name, ())}
+        mesh, divided = self.mesh, {EXPERT_COPIES, *(item.axis for item in self.divisions.get(name, ()))}
         divided |= set() if self.across else {COPIES}
         return self.holders[name][0] == mesh.rank and not any(
             place for axis, place in mesh.place.items() if axis not in divided)

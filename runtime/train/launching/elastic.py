@@ -28,7 +28,7 @@ from mipipe.runtime.checkpoints.checkpoint_run import Start
 from mipipe.runtime.checkpoints.data_state import read_loader
 from mipipe.runtime.engine.compiling.team import member_graph
 from mipipe.runtime.experts.layers import sharers
-from mipipe.runtime.ranks.mesh import ALONE
+from mipipe.runtime.ranks.groups import ALONE
 from mipipe.runtime.train.data import takes_copies
 from mipipe.runtime.train.launching.devices import check_spare, choose, kinds_of, visible_devices, within_reach
 from mipipe.runtime.train.launching.failures import exits, is_consequence, killed_ranks, reports

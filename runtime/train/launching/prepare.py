@@ -25,7 +25,8 @@ from mipipe.runtime.checkpoints.checkpoint_run import Start
 from mipipe.runtime.checkpoints.folder_lock import FolderLock
 from mipipe.runtime.engine.batches import check_sizes
 from mipipe.runtime.experts.layers import expert_degree, expert_layers
-from mipipe.runtime.ranks.mesh import ALONE, check_processes
+from mipipe.runtime.ranks.groups import ALONE
+from mipipe.runtime.ranks.mesh import check_processes
 from mipipe.runtime.train.config import TrainConfig, read_train_config
 from mipipe.runtime.train.data import check_source
 from mipipe.runtime.train.models import check_recipe, source_of
