@@ -146,6 +146,9 @@ def not_executed(result: TeamResult) -> list[str]:
                      f"{f' {degrees.expert}' if degrees.team == 1 else ''}), and refuses this plan")
     elif shared == 1 and degrees.expert > 1:
         found.append("experts are added up over the team, with no exchange of tokens")
+    elif degrees.zero > 1 and 1 < degrees.expert < degrees.copies:
+        found.append("copies that hold the same experts divide the optimizer's state of these alone, so gradients"
+                     + (" and parameters" if degrees.zero > 2 else "") + " of experts take more memory than told here")
     if degrees.zero and degrees.context > 1:
         found.append("members along the context axis do not divide the optimizer's state")
     return [f"`mipipe train` runs this plan, but {'; '.join(found)}"] if found and "refuses" not in found[0] else \

@@ -19,10 +19,10 @@ Counters = dict[str, tuple[str, torch.Tensor]]
 """Of segments whose routing is counted: the value with the chosen experts, and where to add them."""
 
 
-def make_exchange(plan: Plan, graph: OperatorGraph, stage_of: Mapping[str, int], mesh: Mesh, sharing: int,
+def make_exchange(plan: Plan, graph: OperatorGraph, stage_of: Mapping[str, int], mesh: Mesh,
                   options: EngineOptions, waits: Waits) -> Exchange | None:
-    """The group of ``sharing`` neighbouring copies that shares this rank's experts; None where each has all of them, or
-    the graph was captured otherwise. ``waits``: what this rank waits for.
+    """The group of neighbouring copies that shares this rank's experts; None where each has all of them, or the graph
+    was captured otherwise. ``waits``: what this rank waits for.
 
     Raises:
         InputError: an expert map where there is nothing to map, or for another model or number of copies.
@@ -34,16 +34,16 @@ def make_exchange(plan: Plan, graph: OperatorGraph, stage_of: Mapping[str, int],
             raise InputError("expert map: this graph has no expert-parallel layers; capture the model with"
                              " --expert-parallel")
         return None
-    if sharing < 2:
+    if mesh.sharing < 2:
         if options.expert_map is not None:
             check_map(options.expert_map, layers, 1)
         return None
     check_together(plan, layers, stage_of)
     local = [number for number, layer in enumerate(layers)
              if mesh.rank in plan.placement.stages[stage_of[layer.segments[0]]].ranks]
-    expert_map = options.expert_map or contiguous_map(layers, sharing, graph.model)
-    return Exchange(layers, local, expert_map, mesh.exchange_group, mesh.copy % sharing, sharing, mesh.device, waits,
-                    options.load_factor)
+    expert_map = options.expert_map or contiguous_map(layers, mesh.sharing, graph.model)
+    return Exchange(layers, local, expert_map, mesh.exchange_group, mesh.copy % mesh.sharing, mesh.sharing, mesh.device,
+                    waits, options.load_factor)
 
 
 def routing_counters(graph: OperatorGraph, whole: OperatorGraph, stage_of: Mapping[str, int], local: Iterable[int],

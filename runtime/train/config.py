@@ -170,9 +170,9 @@ class ExpertsConfig:
     ``loads``: the file `mipipe experts --loads` takes, tokens per step and expert averaged over the last ``window``
     steps, written every ``window`` steps and at the end. ``history``: the counts of every step, one JSON line each. For
     graphs captured with ``--expert-parallel`` and several copies of the plan: ``map`` places the experts on the copies
-    (none: equal blocks), ``moves`` are maps to change to after so many steps, ``replan`` makes them on the way, and
-    ``load_factor`` caps the rows a copy accepts in one layer and microbatch, as a multiple of an even share.
-    ``elastic`` draws some tokens' experts from a larger pool.
+    that share them (none: equal blocks), ``moves`` are maps to change to after so many steps, ``replan`` makes them on
+    the way, and ``load_factor`` caps the rows a copy accepts in one layer and microbatch, as a multiple of an even
+    share. ``elastic`` draws some tokens' experts from a larger pool.
     """
 
     __pydantic_config__: ClassVar = STRICT

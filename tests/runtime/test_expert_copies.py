@@ -77,13 +77,14 @@ def steps_of(plan, graph, state, zero, moves):
     (1, 2, 2, 0, False), (1, 2, 2, 1, False), (1, 2, 2, 2, False), (1, 2, 2, 3, True), (2, 2, 2, 1, True),
     (1, 4, 2, 0, True), (1, 4, 2, 1, True), (1, 4, 2, 2, False), (1, 4, 2, 3, True), (2, 2, 1, 1, False)])
 def test_experts_over_copies_equal_one_process(pool, ranks, copies, sharing, zero, moves):
-    """Losses, norms and gradients to 1e-12, whatever copies divide of all that is no expert, also after experts with
-    their optimizer state have moved to a map with replicas; over all copies, over groups of them, and whole."""
+    """Losses, norms and gradients to 1e-12, whatever copies divide, of experts those that hold the same ones; also
+    after experts with their optimizer state have moved to a map with replicas; over all copies, over groups of them,
+    and whole."""
     degrees = Degrees(ranks, copies=copies, expert=sharing)
     module, graph = ex.captured()
     answers = pool.run(degrees.devices, __file__, "steps_of", plan_of(graph, degrees), graph, ex.state_of(module), zero,
                        moves)
-    wanted, experts, divided = reference(STEPS, degrees.copies), set(), 0
+    wanted, experts, divided = reference(STEPS, degrees.copies), set(), set()
     for losses, norms, gradients in answers:
         assert losses == pytest.approx(wanted["losses"], rel=1e-12)
         assert norms == pytest.approx(wanted["norms"], rel=1e-11)
@@ -94,8 +95,9 @@ def test_experts_over_copies_equal_one_process(pool, ranks, copies, sharing, zer
             difference = torch.linalg.vector_norm(gradient - expected)
             assert difference <= 1e-12 * torch.linalg.vector_norm(whole) + 1e-30, name
             experts |= set() if expert is None else {(name, expert)}
-            divided += piece is not None
-    assert len(experts) == (ex.LAYERS * 2 * ex.EXPERTS if sharing > 1 else 0) and bool(divided) == bool(zero)
+            divided |= set() if piece is None else {expert is not None}
+    assert len(experts) == (ex.LAYERS * 2 * ex.EXPERTS if sharing > 1 else 0)
+    assert (False in divided, True in divided) == (zero > 0, zero > 0 and 1 < sharing < copies)
 
 
 def config_of(folder, steps, name="adam"):
@@ -153,6 +155,18 @@ def test_a_run_with_experts_over_copies_goes_on(pool, tmp_path):
         assert found.keys() == wanted.keys()
         for name, tensor in wanted.items():
             assert torch.allclose(found[name], tensor, rtol=1e-9, atol=1e-12), name
+
+
+@pytest.mark.slow
+def test_matrices_of_experts_in_parts_are_put_together(pool, tmp_path):
+    """Muon, which orthogonalises whole matrices, where copies with the same experts have parts of them."""
+    module, graph = ex.captured()
+    alone, groups = (plan_of(graph, degrees, TURNS) for degrees in (Degrees(1), Degrees(1, copies=4, expert=2)))
+    config = replace(config_of(tmp_path, STEPS), optimizer=OptimizerConfig("muon", 1e-2, shard="gradients"),
+                     checkpoint=None)
+    wanted, = pool.run(1, __file__, "train", alone, graph, ex.state_of(module), config)
+    for losses in pool.run(4, __file__, "train", groups, graph, ex.state_of(module), config):
+        assert losses == pytest.approx(wanted, rel=1e-9)
 
 
 @pytest.mark.parametrize("parallel, team, text", [

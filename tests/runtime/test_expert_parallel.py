@@ -1,6 +1,7 @@
 """Expert parallelism by all-to-all: equal to one process under any map, before and after experts move."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import runtime_equal as equal
@@ -65,6 +66,18 @@ def test_equal_to_one_process_under_every_map(pool, ranks, planned):
     assert (counts[6:] == 0).all() and counts.max() > 3 * counts.double().mean()
     moves = [move for answer in answers for move in answer["moved"]]
     assert sum(move.experts for move in moves) > 0 and sum(move.num_bytes for move in moves) > 0
+
+
+def test_groups_of_copies_hold_the_same_experts(pool):
+    """Four copies of a plan whose graph was captured for two: two groups of neighbours, which move to a map with
+    replicas, each expert's gradients alike to the last bit wherever it is held."""
+    module, graph = ex.captured()
+    graph = replace(graph, source={**graph.source, "expert_parallel": 2})
+    answers = pool.run(4, ex.__file__, "run_steps", ex.plan_for(graph, 1), graph, ex.state_of(module),
+                       [None, ex.replicated_map(2)], STEPS)
+    ex.check_equal(answers, reference(STEPS, 4))
+    held = [{name for name in answer["gradients"] if "[" in name} for answer in answers]
+    assert held[0] == held[2] != held[1] == held[3]
 
 
 def test_a_rank_without_a_single_row(pool):
@@ -142,7 +155,8 @@ def test_wrong_maps_and_plans_are_one_line(pool):
     wrong = ExpertMap(ex.EXPERTS, 4, (tuple(range(8)),))
     message, _ = pool.run(2, __file__, "make_mapped", plan, graph, state, wrong)
     assert message == ("expert map: has 1 layers of 8 experts on 4 devices, but this run has 2 layers of 8 experts on 2"
-                       " devices (the copies of the plan); make a map for this model and cluster (mipipe experts)")
+                       " devices (the copies that share experts); make a map for this model and these devices (mipipe"
+                       " experts)")
     with pytest.raises(InputError, match="8 experts do not divide over 3 copies of the plan; give a map"):
         contiguous_map(expert_layers(graph), 3)
     dense = equal.cases.chain_graph()

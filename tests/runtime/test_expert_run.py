@@ -1,6 +1,7 @@
 """Routing counted in training, written as loads, planned into a map, and the map followed in the next run."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,14 +106,21 @@ def test_loads_become_a_map_that_a_run_moves_to(pool, tmp_path):
     assert records[0]["experts/max_over_mean"] > 2
 
 
-def test_a_run_places_its_experts_again(pool, tmp_path):
-    """After every second step, by its own loads, with replicas: the losses of a run that never moves."""
+@pytest.mark.parametrize("sharing", [4, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_places_its_experts_again(pool, tmp_path, sharing):
+    """After every second step, by its own loads, with replicas: the losses of a run that never moves; also where two
+    groups of copies move alike, by the mean of their loads."""
     module, graph = ex.captured()
+    graph = replace(graph, source={**graph.source, "expert_parallel": sharing})
     plan, state = ex.plan_for(graph, 1), ex.state_of(module)
     config = config_for(tmp_path, "replan", replan=ReplanConfig(2, 4))
-    after = pool.run(4, __file__, "train", plan, graph, state, config, 4)
-    before = pool.run(4, __file__, "train", plan, graph, state, TrainConfig(STEPS, optimizer=config.optimizer), 4)
-    assert before == after
+    after = pool.run(4, __file__, "train", plan, graph, state, config, sharing)
+    before = pool.run(4, __file__, "train", plan, graph, state, TrainConfig(STEPS, optimizer=config.optimizer), sharing)
+    for losses in after:
+        assert losses == (before[0] if sharing == 4 else pytest.approx(before[0], rel=1e-12))
+    loads, lines = read_loads(Path(config.experts.loads)), Path(config.experts.history).read_text().splitlines()
+    counts = torch.tensor([json.loads(line)["counts"] for line in lines[-2:]], dtype=torch.float64)
+    assert torch.equal(torch.tensor(loads.loads, dtype=torch.float64), counts.mean(dim=0) * sharing / 4)
     records = [json.loads(line) for line in Path(config.metrics).read_text().splitlines()]
     assert ["experts/moved" in record for record in records] == [False, True, False, False]
     assert records[3]["experts/rank_max_over_mean"] < 0.7 * records[1]["experts/rank_max_over_mean"]
@@ -121,7 +129,7 @@ def test_a_run_places_its_experts_again(pool, tmp_path):
 def test_planning_again_names_a_wrong_cluster():
     """One device for each copy is expected."""
     cluster = Path(__file__).parents[2] / "examples/cluster_4cpu.yaml"
-    with pytest.raises(InputError, match="has 4 devices, but the run has 2 copies"):
+    with pytest.raises(InputError, match="has 4 devices, but 2 copies of the plan share the experts"):
         replan_map(ExpertLoads(((1.0,) * 8,)), ex.replicated_map(2), ReplanConfig(1, cluster=str(cluster)))
 
 

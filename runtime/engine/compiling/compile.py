@@ -56,11 +56,9 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
         check_program(plan, program)
     team = plan.team or ALONE
     copies = mesh.num_copies if mesh is not None else max(1, world() // (len(program.ranks) * team.members))
-    zero, sharing = options.zero if copies > 1 else 0, expert_degree(plan.team, graph, copies)
-    member = member_graph(team, graph)
-    if zero:
-        shared = expert_layers(graph) if sharing > 1 else ()
-        member = gathered(member, copies, zero, {name for layer in shared for name in layer.banks}, copies // sharing)
+    sharing = expert_degree(plan.team, graph, copies) if mesh is None else mesh.sharing
+    zero = options.zero if copies > 1 else 0
+    member = _over_copies(member_graph(team, graph), zero, copies, sharing)
     whole, graph = graph, member.graph
     flow = gradient_flow(graph)
     stage_of = _stage_of_segments(plan, graph)
@@ -73,7 +71,7 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
     segments = {index: [segment for segment in graph.segments if stage_of[segment.name] == index] for index in here}
     names = {fqn for members in segments.values() for segment in members
              for fqn in (*segment.parameters, *segment.buffers)}
-    experts = make_exchange(plan, graph, stage_of, mesh, sharing, options, waits)
+    experts = make_exchange(plan, graph, stage_of, mesh, options, waits)
     weights = load_weights(graph, names, source, device, options.master_dtype,
                            None if experts is None else experts.rows(), member_pieces(member, whole, mesh),
                            copy_parts(member, mesh, zero))
@@ -101,6 +99,13 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
                     exchanges_aside=_exchanges_aside(local, stage_of), sampler=sampler,
                     uncompiled=tuple(item.name for items in segments.values() for item in items
                                      if options.compile and not phases.compiles(phases.trace(item), item.name)))
+
+
+def _over_copies(member: MemberGraph, zero: int, copies: int, sharing: int) -> MemberGraph:
+    """The graph of a copy that divides (``zero``) what it has with others: of shared experts, with their copies."""
+    shared = expert_layers(member.graph) if sharing > 1 else ()
+    banks = {name for layer in shared for name in layer.banks}
+    return gathered(member, copies, zero, banks, copies // sharing) if zero else member
 
 
 def copy_parts(member: MemberGraph, mesh: Mesh, zero: int) -> dict[str, CopyPart]:
