@@ -114,8 +114,8 @@ def test_a_run_places_its_experts_again(pool, tmp_path, sharing):
     graph = replace(graph, source={**graph.source, "expert_parallel": sharing})
     plan, state = ex.plan_for(graph, 1), ex.state_of(module)
     config = config_for(tmp_path, "replan", replan=ReplanConfig(2, 4))
-    after = pool.run(4, __file__, "train", plan, graph, state, config, sharing)
-    before = pool.run(4, __file__, "train", plan, graph, state, TrainConfig(STEPS, optimizer=config.optimizer), sharing)
+    after = pool.run(4, __file__, "train", plan, graph, state, config, 4)
+    before = pool.run(4, __file__, "train", plan, graph, state, TrainConfig(STEPS, optimizer=config.optimizer), 4)
     for losses in after:
         assert losses == (before[0] if sharing == 4 else pytest.approx(before[0], rel=1e-12))
     loads, lines = read_loads(Path(config.experts.loads)), Path(config.experts.history).read_text().splitlines()
