@@ -4,9 +4,9 @@ Every copy runs the whole of its segments on samples of its own, so a trace stay
 With stage 3 an all-gather makes one whole before F reads it, and once more before the backward does, and a
 reduce-scatter leaves of its gradient the part that the copy has. With stage 2 parameters are whole while a step runs,
 and of every microbatch's gradient the part stays; with stage 1 the trace is what it is, and the sum over microbatches
-is scattered. There the engine gathers what copies updated (`mipipe.runtime.engine.parts`). Banks of experts that groups
-of copies share are in parts over the copies that hold the same experts, which have those of every expert: as with stage
-1, whatever the stage is.
+is scattered. There the engine gathers what copies updated (`mipipe.runtime.engine.parts`). Of banks of experts that
+groups of copies share, each of the copies that hold the same experts has a part of all of these, as with stage 1,
+whatever the stage is.
 """
 
 from __future__ import annotations

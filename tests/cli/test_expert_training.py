@@ -65,6 +65,8 @@ def test_experts_over_the_copies_of_a_plan_of_degrees(mipipe, tmp_path: Path) ->
     told = ended("plan", shared, "--devices", 4, *degrees, "tensor=2,copies=2")
     assert "captured with --expert-parallel 2, whose experts copies of single devices share" in told
     assert "and `mipipe train` refuses this plan; --degrees tensor=1,context=1 runs" in told
+    told = ended("plan", shared, "--devices", 4, *degrees, "copies=4,expert=2,zero=2")
+    assert "this plan, but copies that hold the same experts divide the optimizer's state of these alone, so" in told
     told = ended("plan", whole, "--devices", 2, *degrees, "copies=2,expert=2")
     assert "or over copies of single devices (capture with --expert-parallel 2), and refuses this plan" in told
     losses = []

@@ -74,7 +74,7 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
     experts = make_exchange(plan, graph, stage_of, mesh, options, waits)
     weights = load_weights(graph, names, source, device, options.master_dtype,
                            None if experts is None else experts.rows(), member_pieces(member, whole, mesh),
-                           copy_parts(member, mesh, zero))
+                           _copy_parts(member, mesh, zero))
     loss_gradient = _ones_of_loss(graph, device)
     sampler = None if options.elastic is None else CoActivation(*options.elastic)
     given = joined_kernels(kernels_of(experts), {} if sampler is None else sampled_routers(graph, sampler))
@@ -108,7 +108,7 @@ def _over_copies(member: MemberGraph, zero: int, copies: int, sharing: int) -> M
     return gathered(member, copies, zero, banks, copies // sharing) if zero else member
 
 
-def copy_parts(member: MemberGraph, mesh: Mesh, zero: int) -> dict[str, CopyPart]:
+def _copy_parts(member: MemberGraph, mesh: Mesh, zero: int) -> dict[str, CopyPart]:
     """The parameters of which this copy updates a part that is gathered before a step: with ``zero`` 3 banks alone."""
     found = {}
     for name, divisions in member.divisions.items():
