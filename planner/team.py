@@ -35,7 +35,7 @@ class Team:
 
     ``axes``: members along each axis, the slowest first; without axes a rank is one device. ``modes``: what runs how.
     ``kind``: of the devices. ``microbatch``: sequences of one microbatch (0: as the graph was captured). ``expert``:
-    devices that share banks of experts. ``zero``: what copies divide among them (`mipipe.planner.teams.degrees`).
+    devices that share banks of experts. ``zero``: what copies divide among them (as in a run's degrees).
     ``again``: segments that keep only what goes into them and run again in the backward, in runs that do so together;
     ``attention_again``: those of which attention alone does; ``latents_again``: those of which queries, keys and values
     are made of latents again (`mipipe.graphs.costs.latents`).

@@ -40,17 +40,17 @@ def test_the_library_in_fifteen_lines() -> None:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_the_library_code_of_the_readme_runs(tmp_path: Path) -> None:
-    """With one layer in place of the example's: captured, profiled, planned, drawn, compared and trained."""
+    """With four small layers, one for every stage of ZB-V: captured, profiled, planned, drawn, compared, trained."""
     examples = tmp_path / "examples"
     (examples / "qwen3_moe_tiny").mkdir(parents=True)
     config = json.loads((ROOT / "examples/qwen3_moe_tiny/config.json").read_text(encoding="utf-8"))
-    small = config | {"num_hidden_layers": 1, "hidden_size": 32}
+    small = config | {"num_hidden_layers": 4, "hidden_size": 32}
     (examples / "qwen3_moe_tiny" / "config.json").write_text(json.dumps(small))
     (examples / "cluster_2cpu.yaml").write_text((ROOT / "examples/cluster_2cpu.yaml").read_text(encoding="utf-8"))
     (tmp_path / "readme.py").write_text(snippet())
     run = subprocess.run([sys.executable, "readme.py"], cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert run.returncode == 0, run.stderr
-    assert "of the bound" in run.stdout and "tokens/s per device" in run.stdout and "ZB-V split" in run.stdout
+    assert "of the bound" in run.stdout and "tokens/s per device" in run.stdout and "ZB-V (split)" in run.stdout
     losses = json.loads(run.stdout.strip().splitlines()[-1].replace("(", "[").replace(")", "]"))
     assert len(losses) == 4 and losses[-1] < losses[0] * 1.05
     assert (tmp_path / "plan.json").exists() and "<canvas" not in (tmp_path / "timeline.html").read_text()

@@ -13,9 +13,9 @@ from mipipe.graphs.cluster import DeviceKind, shipped_kinds, uniform_cluster
 from mipipe.graphs.costs.collectives import fabric_of
 from mipipe.planner.problems.from_layers import LayerTimes
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
-from mipipe.planner.teams.machine import Machine
-from mipipe.planner.teams.pieces import ModelPieces, model_pieces
-from mipipe.planner.teams.pricing import Pricer
+from mipipe.planner.teams.prices.machine import Machine
+from mipipe.planner.teams.prices.pieces import ModelPieces, model_pieces
+from mipipe.planner.teams.prices.pricing import Pricer
 
 
 class Builder:

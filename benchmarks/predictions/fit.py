@@ -15,7 +15,7 @@ from mipipe.graphs.cluster import DeviceKind
 from mipipe.graphs.errors import MipipeError
 from mipipe.graphs.operator_graph import Role
 from mipipe.planner.teams.evaluate import schedule_of
-from mipipe.planner.teams.pricing import Pricer
+from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.planner.teams.stages import cut_pieces, even_layers, stage_cost
 
 GENERATIONS = {"a100": "Ampere", "h100": "Hopper", "h100_hbm2e": "Hopper", "b200": "Blackwell", "b300": "Blackwell",

@@ -17,7 +17,7 @@ from predictions.models import Model, model_of
 
 from mipipe.graphs.efficiency import LowDtype
 from mipipe.graphs.errors import InputError
-from mipipe.planner.teams.degrees import Degrees, Recompute
+from mipipe.planner.teams.prices.degrees import Degrees, Recompute
 
 COLUMNS = ("group", "id", "model", "layers", "hidden", "heads", "hardware", "n_gpus", "precision", "seq_len",
            "global_batch", "micro_batch", "tp", "pp", "cp", "vpp", "ep", "dp_or_fsdp", "schedule", "recompute",
@@ -46,7 +46,7 @@ SCHEDULES = {"1f1b": "1F1B", "interleaved 1f1b": "Interleaved 1F1B", "1f1b-i": "
 @dataclass(frozen=True)
 class Build:
     """A row as it is evaluated. ``fused``, ``flash``, ``cut``, ``overlap``, ``scatter``: as
-    of `mipipe.planner.teams.machine.Machine`; ``held`` as of `mipipe.planner.teams.evaluate.evaluate_teams`."""
+    of `mipipe.planner.teams.prices.machine.Machine`; ``held`` as of `mipipe.planner.teams.evaluate.evaluate_teams`."""
 
     model: Model
     seq: int

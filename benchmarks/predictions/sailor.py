@@ -22,7 +22,7 @@ from mipipe.graphs.errors import InputError, MipipeError, shown
 from mipipe.graphs.read_files import load_json
 from mipipe.graphs.serialize import read_text
 from mipipe.planner.problems.from_layers import read_layer_times
-from mipipe.planner.teams.degrees import Degrees
+from mipipe.planner.teams.prices.degrees import Degrees
 
 MODELS = {"GPT-Neo-2.7B": "GPT-Neo-2.7", "OPT-350M": "OPT-350", "LLAMA-3-8B": "LLAMA-3-8", "OPT-30B": "OPT-30"}
 """Names in the profiles."""

@@ -28,14 +28,14 @@ from mipipe.planner.problems.from_layers import LayerTimes, entry_of, read_layer
 from mipipe.planner.problems.on_cluster import graph_dtype
 from mipipe.planner.team import AXES as TEAM_AXES
 from mipipe.planner.team import TeamMode
-from mipipe.planner.teams.degrees import RECOMPUTE, Degrees, completed, parse_degrees
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
-from mipipe.planner.teams.machine import Machine, check_machine
 from mipipe.planner.teams.options import TeamOptions
 from mipipe.planner.teams.outside import outside
-from mipipe.planner.teams.pieces import ModelPieces, indivisible_of, model_pieces, rows_of
-from mipipe.planner.teams.pricing import Pricer
-from mipipe.planner.teams.profiled import profiled_layers
+from mipipe.planner.teams.prices.degrees import RECOMPUTE, Degrees, completed, parse_degrees
+from mipipe.planner.teams.prices.machine import Machine, check_machine
+from mipipe.planner.teams.prices.pieces import ModelPieces, indivisible_of, model_pieces, rows_of
+from mipipe.planner.teams.prices.pricing import Pricer
+from mipipe.planner.teams.prices.profiled import profiled_layers
 from mipipe.planner.teams.remedies import remedy
 
 LOW: dict[str, LowDtype] = {"fp8": "float8", "float8": "float8", "fp4": "float4", "float4": "float4"}

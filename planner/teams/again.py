@@ -17,13 +17,13 @@ from mipipe.graphs.serialize import STRICT, from_data, to_data
 from mipipe.planner.plan import Plan
 from mipipe.planner.team import Team, TeamMode
 from mipipe.planner.teams.as_team import team_of
-from mipipe.planner.teams.degrees import Degrees
 from mipipe.planner.teams.effort import EFFORT
 from mipipe.planner.teams.evaluate import TeamResult
-from mipipe.planner.teams.machine import Machine, check_machine
 from mipipe.planner.teams.options import TeamOptions
-from mipipe.planner.teams.pieces import model_pieces, rows_of
-from mipipe.planner.teams.pricing import Pricer
+from mipipe.planner.teams.prices.degrees import Degrees
+from mipipe.planner.teams.prices.machine import Machine, check_machine
+from mipipe.planner.teams.prices.pieces import model_pieces, rows_of
+from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.planner.teams.search import search_teams
 from mipipe.planner.teams.space import anything, least_seconds
 

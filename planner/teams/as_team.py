@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from mipipe.graphs.operator_graph import OperatorGraph, Role
 from mipipe.planner.plan import Plan
 from mipipe.planner.team import Team, TeamMode
-from mipipe.planner.teams.degrees import Degrees, Recompute
-from mipipe.planner.teams.pieces import ModelPieces
+from mipipe.planner.teams.prices.degrees import Degrees, Recompute
+from mipipe.planner.teams.prices.pieces import ModelPieces
 
 
 def branches_of(graph: OperatorGraph) -> list[str]:

@@ -20,11 +20,11 @@ from mipipe.planner.problems.held_transfers import hold_transfers
 from mipipe.planner.schedules import Baseline, EvenTimes, baseline_named
 from mipipe.planner.schedules.one_f_one_b import interleaved, one_f_one_b
 from mipipe.planner.teams.as_team import branches_of, team_of
-from mipipe.planner.teams.degrees import Degrees, Recompute
-from mipipe.planner.teams.machine import Machine
-from mipipe.planner.teams.piece_cost import AXES, Axis, PieceCost
-from mipipe.planner.teams.pieces import check_fits
-from mipipe.planner.teams.pricing import Pricer
+from mipipe.planner.teams.prices.degrees import Degrees, Recompute
+from mipipe.planner.teams.prices.machine import Machine
+from mipipe.planner.teams.prices.piece_cost import AXES, Axis, PieceCost
+from mipipe.planner.teams.prices.pieces import check_fits
+from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.planner.teams.stages import StageCost, cut_pieces, even_layers, stage_cost, team_problem
 
 

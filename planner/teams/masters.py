@@ -9,12 +9,12 @@ from typing import TypeVar
 
 from mipipe.graphs.errors import MipipeError
 from mipipe.planner.milp.placement.degrees import ChainTask, ModeCost, StageCounts, stage_counts
-from mipipe.planner.teams.bounds import mode_costs
-from mipipe.planner.teams.degrees import Degrees, Recompute
+from mipipe.planner.teams.bounds.of_degrees import mode_costs
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
 from mipipe.planner.teams.options import TeamOptions
-from mipipe.planner.teams.piece_cost import PieceCost
-from mipipe.planner.teams.pricing import Pricer
+from mipipe.planner.teams.prices.degrees import Degrees, Recompute
+from mipipe.planner.teams.prices.piece_cost import PieceCost
+from mipipe.planner.teams.prices.pricing import Pricer
 
 Cost = TypeVar("Cost")
 

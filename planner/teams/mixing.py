@@ -17,15 +17,15 @@ from mipipe.planner.milp.placement.mixed import MixCost, MixTask, RankOrders, mi
 from mipipe.planner.placements.cuts import Shape
 from mipipe.planner.schedules import EvenTimes
 from mipipe.planner.schedules.dualpipe import dualpipe_v
-from mipipe.planner.teams.bounds import mode_costs, seconds_in_kernels
-from mipipe.planner.teams.degrees import Degrees, Recompute
+from mipipe.planner.teams.bounds.of_degrees import mode_costs, seconds_in_kernels
+from mipipe.planner.teams.bounds.packing import least_busiest
 from mipipe.planner.teams.effort import EFFORT
 from mipipe.planner.teams.evaluate import TeamResult, schedule_of
 from mipipe.planner.teams.holding import orders_of
 from mipipe.planner.teams.masters import SQUEEZES, evaluated, layers_of, runs_of
-from mipipe.planner.teams.packing import least_busiest
-from mipipe.planner.teams.piece_cost import PieceCost
-from mipipe.planner.teams.pricing import Pricer
+from mipipe.planner.teams.prices.degrees import Degrees, Recompute
+from mipipe.planner.teams.prices.piece_cost import PieceCost
+from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.planner.teams.stages import kept_apart
 
 

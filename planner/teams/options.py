@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from mipipe.graphs.errors import InputError, shown
 from mipipe.graphs.serialize import STRICT
-from mipipe.planner.teams.degrees import KEYS, Recompute, least_of
+from mipipe.planner.teams.prices.degrees import KEYS, Recompute, least_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,11 @@ from dataclasses import replace
 from mipipe.graphs.errors import MipipeError
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.solve import plan
-from mipipe.planner.teams.degrees import Degrees, Recompute
 from mipipe.planner.teams.effort import EFFORT
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams, piece_costs, result_of
 from mipipe.planner.teams.mixing import mixed, pair_guess
-from mipipe.planner.teams.pricing import Pricer
+from mipipe.planner.teams.prices.degrees import Degrees, Recompute
+from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.planner.teams.space import Point
 from mipipe.planner.teams.stages import cut_pieces, overlap_rule, stage_cost, team_problem
 

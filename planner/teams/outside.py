@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from mipipe.graphs.efficiency import Evidence
 from mipipe.graphs.operator_graph import Role
-from mipipe.planner.teams.degrees import Degrees
-from mipipe.planner.teams.pricing import Pricer
+from mipipe.planner.teams.prices.degrees import Degrees
+from mipipe.planner.teams.prices.pricing import Pricer
 
 FAR = 4
 """A size beyond the validated ones by more than this factor is far."""

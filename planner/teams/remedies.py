@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from mipipe.graphs.errors import MipipeError
-from mipipe.planner.teams.degrees import Degrees, Recompute
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
-from mipipe.planner.teams.pricing import Pricer
+from mipipe.planner.teams.prices.degrees import Degrees, Recompute
+from mipipe.planner.teams.prices.pricing import Pricer
 
 
 def remedy(pricer: Pricer, result: TeamResult) -> str:

@@ -14,7 +14,7 @@
    that which would be best if all its forwards overlapped with backwards.
 
 Three bounds are told: over all placements and orders; over placements with every layer on one rank, where a rank has
-whole layers (`mipipe.planner.teams.packing`); and over those of them without overlapped pairs.
+whole layers (`mipipe.planner.teams.bounds.packing`); and over those of them without overlapped pairs.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from dataclasses import replace
 
 from mipipe.graphs.errors import InfeasibleError, TimeUpError
 from mipipe.graphs.units import format_bytes
-from mipipe.planner.teams.bounds import packed
-from mipipe.planner.teams.degrees import Degrees, Recompute, check_given, completed
+from mipipe.planner.teams.bounds.of_degrees import packed
 from mipipe.planner.teams.effort import EFFORT
 from mipipe.planner.teams.evaluate import TeamResult
 from mipipe.planner.teams.found import Found, distinct, notes_of, runners_of
 from mipipe.planner.teams.masters import chunks_of, solved_master
 from mipipe.planner.teams.options import TeamOptions
 from mipipe.planner.teams.orders import LATER, ordered, paired
-from mipipe.planner.teams.pieces import misfit
-from mipipe.planner.teams.pricing import Pricer
+from mipipe.planner.teams.prices.degrees import Degrees, Recompute, check_given, completed
+from mipipe.planner.teams.prices.pieces import misfit
+from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.planner.teams.space import DegreeSpace, Point, anything, promise
 from mipipe.planner.teams.waves import listed, promising, shapes_of
 

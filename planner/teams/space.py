@@ -11,10 +11,10 @@ from itertools import count
 
 from mipipe.graphs.costs.split_rules import ATTENTION
 from mipipe.graphs.operator_graph import DTYPE_BYTES, Role
-from mipipe.planner.teams.bounds import bound_of, seconds_in_kernels
-from mipipe.planner.teams.degrees import Degrees, Recompute
-from mipipe.planner.teams.pieces import ModelPieces, misfit
-from mipipe.planner.teams.pricing import ADAM_BYTES, GRADIENT_BYTES, Pricer
+from mipipe.planner.teams.bounds.of_degrees import bound_of, seconds_in_kernels
+from mipipe.planner.teams.prices.degrees import Degrees, Recompute
+from mipipe.planner.teams.prices.pieces import ModelPieces, misfit
+from mipipe.planner.teams.prices.pricing import ADAM_BYTES, GRADIENT_BYTES, Pricer
 
 
 @dataclass(frozen=True, slots=True)

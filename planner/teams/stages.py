@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from mipipe.graphs.errors import ProblemError
 from mipipe.graphs.topology import Device, Link, Topology
 from mipipe.planner.problem import Group, GroupEdge, OverlapRule, PhaseTimes, PlanningProblem
-from mipipe.planner.teams.degrees import Degrees
-from mipipe.planner.teams.machine import Machine
-from mipipe.planner.teams.piece_cost import AXES, Axis, PhaseCost, PieceCost
-from mipipe.planner.teams.pieces import ModelPieces
+from mipipe.planner.teams.prices.degrees import Degrees
+from mipipe.planner.teams.prices.machine import Machine
+from mipipe.planner.teams.prices.piece_cost import AXES, Axis, PhaseCost, PieceCost
+from mipipe.planner.teams.prices.pieces import ModelPieces
 
 KIND = "team"
 

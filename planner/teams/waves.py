@@ -19,14 +19,14 @@ from mipipe.planner.placements.cuts import Shape, fit_cuts, place
 from mipipe.planner.plan import Plan
 from mipipe.planner.search import lists, quotas
 from mipipe.planner.search.orders import Orders
-from mipipe.planner.teams.bounds import packed
-from mipipe.planner.teams.degrees import Degrees, Recompute
+from mipipe.planner.teams.bounds.of_degrees import packed
+from mipipe.planner.teams.bounds.packing import least_busiest
 from mipipe.planner.teams.effort import EFFORT
 from mipipe.planner.teams.evaluate import TeamResult, piece_costs, result_of
 from mipipe.planner.teams.masters import SQUEEZES
 from mipipe.planner.teams.mixing import rank_mix, wave_stages
-from mipipe.planner.teams.packing import least_busiest
-from mipipe.planner.teams.pricing import Pricer
+from mipipe.planner.teams.prices.degrees import Degrees, Recompute
+from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.planner.teams.space import Point
 from mipipe.planner.teams.stages import cut_pieces, stage_cost, team_problem
 

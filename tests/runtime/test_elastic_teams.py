@@ -28,12 +28,12 @@ from mipipe.planner.schedules import BASELINES
 from mipipe.planner.team import Team
 from mipipe.planner.teams.again import TeamTask, with_task
 from mipipe.planner.teams.as_team import degrees_of
-from mipipe.planner.teams.degrees import Degrees
 from mipipe.planner.teams.evaluate import evaluate_teams
-from mipipe.planner.teams.machine import Machine
 from mipipe.planner.teams.options import TeamOptions
-from mipipe.planner.teams.pieces import model_pieces
-from mipipe.planner.teams.pricing import Pricer
+from mipipe.planner.teams.prices.degrees import Degrees
+from mipipe.planner.teams.prices.machine import Machine
+from mipipe.planner.teams.prices.pieces import model_pieces
+from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.runtime.checkpoints.checkpoint_folder import CheckpointState
 from mipipe.runtime.checkpoints.checkpoint_run import RunIdentity
 from mipipe.runtime.engine.engine import Engine

@@ -18,10 +18,10 @@ from mipipe.graphs.serialize import digest
 from mipipe.graphs.tracing.dynamic_rows import DIRECT
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.team import Team
-from mipipe.planner.teams.degrees import Degrees
 from mipipe.planner.teams.evaluate import evaluate_teams
-from mipipe.planner.teams.pieces import model_pieces
-from mipipe.planner.teams.pricing import Pricer
+from mipipe.planner.teams.prices.degrees import Degrees
+from mipipe.planner.teams.prices.pieces import model_pieces
+from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.runtime.checkpoints.checkpoint_run import Start
 from mipipe.runtime.checkpoints.save import Target, save_weights
 from mipipe.runtime.engine.compiling.team import member_pieces

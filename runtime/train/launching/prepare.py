@@ -19,7 +19,7 @@ from mipipe.planner.execution.lower import lower
 from mipipe.planner.plan import Plan
 from mipipe.planner.policy_branches import load_plans
 from mipipe.planner.program import Program
-from mipipe.planner.teams.pieces import rows_of
+from mipipe.planner.teams.prices.pieces import rows_of
 from mipipe.runtime.checkpoints.checkpoint_folder import choose, probe, read_state
 from mipipe.runtime.checkpoints.checkpoint_run import Start
 from mipipe.runtime.checkpoints.folder_lock import FolderLock

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mipipe.graphs.operator_graph import OperatorGraph
-from mipipe.planner.teams.pieces import ModelPieces, model_pieces
+from mipipe.planner.teams.prices.pieces import ModelPieces, model_pieces
 
 sys.path.insert(0, str(Path(__file__).parent))  # for team_machine
 

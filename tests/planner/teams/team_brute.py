@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import combinations, pairwise
 
-from mipipe.planner.teams.degrees import Degrees
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
 from mipipe.planner.teams.orders import order_of
-from mipipe.planner.teams.pricing import Pricer
+from mipipe.planner.teams.prices.degrees import Degrees
+from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.planner.teams.space import all_degrees, variants
 from mipipe.planner.teams.stages import overlap_rule
 

@@ -6,7 +6,7 @@ from mipipe.graphs.cluster import DeviceKind
 from mipipe.graphs.costs.collectives import Fabric, Level
 from mipipe.graphs.efficiency import Achieved
 from mipipe.graphs.topology import Link
-from mipipe.planner.teams.machine import Machine
+from mipipe.planner.teams.prices.machine import Machine
 
 
 def machine(memory: int = 10**9, host: int = 8, inside: int = 10**10, outside: int = 10**9, **achieved) -> Machine:

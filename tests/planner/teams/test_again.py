@@ -15,10 +15,10 @@ from mipipe.planner.plan import Plan
 from mipipe.planner.team import TeamMode
 from mipipe.planner.teams.again import TeamTask, best_of_fewer, made_again, task_of, with_task
 from mipipe.planner.teams.as_team import degrees_of
-from mipipe.planner.teams.degrees import Degrees
 from mipipe.planner.teams.evaluate import evaluate_teams
 from mipipe.planner.teams.options import TeamOptions
-from mipipe.planner.teams.pricing import Pricer
+from mipipe.planner.teams.prices.degrees import Degrees
+from mipipe.planner.teams.prices.pricing import Pricer
 
 QUICK = TeamOptions({}, 1, None, 4.0, order=False)
 

@@ -15,10 +15,10 @@ from mipipe.planner.check import check_plan
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.problems.from_layers import LayerTimes
-from mipipe.planner.teams.degrees import Degrees, completed, parse_degrees
 from mipipe.planner.teams.evaluate import evaluate_teams
 from mipipe.planner.teams.outside import outside
-from mipipe.planner.teams.pricing import Pricer
+from mipipe.planner.teams.prices.degrees import Degrees, completed, parse_degrees
+from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.planner.teams.remedies import remedy
 from mipipe.planner.teams.stages import (
     cut_pieces,

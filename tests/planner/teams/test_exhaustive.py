@@ -12,10 +12,10 @@ from team_brute import best_ordered, everything
 from team_machine import machine
 
 from mipipe.planner.teams.evaluate import TeamResult
-from mipipe.planner.teams.machine import Machine
 from mipipe.planner.teams.options import TeamOptions
-from mipipe.planner.teams.pieces import ModelPieces, model_pieces
-from mipipe.planner.teams.pricing import Pricer
+from mipipe.planner.teams.prices.machine import Machine
+from mipipe.planner.teams.prices.pieces import ModelPieces, model_pieces
+from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.planner.teams.search import search_teams
 from mipipe.planner.teams.space import all_degrees, floor_of, least_seconds
 

@@ -11,10 +11,10 @@ from team_machine import machine
 
 from mipipe.graphs.errors import InputError
 from mipipe.planner.execution.export import read_torch_csv
-from mipipe.planner.teams.degrees import Degrees
 from mipipe.planner.teams.evaluate import evaluate_teams
 from mipipe.planner.teams.export import bridge_config, megatron_flags, pipeline_layout, torchtitan_config
-from mipipe.planner.teams.pricing import Pricer
+from mipipe.planner.teams.prices.degrees import Degrees
+from mipipe.planner.teams.prices.pricing import Pricer
 
 GLOBAL = 32
 

@@ -13,11 +13,11 @@ from mipipe.graphs.operator_graph import Role
 from mipipe.graphs.serialize import digest, from_data, to_data
 from mipipe.planner.check.graph import check_graph
 from mipipe.planner.plan import Plan
-from mipipe.planner.teams.degrees import Degrees
 from mipipe.planner.teams.evaluate import evaluate_teams
 from mipipe.planner.teams.export import bridge_config, megatron_flags, torchtitan_config
 from mipipe.planner.teams.options import TeamOptions
-from mipipe.planner.teams.pricing import Pricer
+from mipipe.planner.teams.prices.degrees import Degrees
+from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.planner.teams.search import search_teams
 
 TOKENS, HEADS = 512, 8

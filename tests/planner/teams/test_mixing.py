@@ -14,11 +14,11 @@ from mipipe.planner.check import check_plan
 from mipipe.planner.milp.placement.degrees import StageCounts
 from mipipe.planner.milp.placement.mixed import MixCost, MixTask, mixed_counts
 from mipipe.planner.schedules.dualpipe import dualpipe, dualpipe_v
-from mipipe.planner.teams.degrees import Degrees
 from mipipe.planner.teams.evaluate import evaluate_teams
 from mipipe.planner.teams.holding import orders_of
 from mipipe.planner.teams.mixing import mean_mix, mixed, pair_guess, wave_stages
-from mipipe.planner.teams.pricing import Pricer
+from mipipe.planner.teams.prices.degrees import Degrees
+from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.planner.teams.waves import ALIVE, listed, wave, wave_shape
 
 

@@ -11,12 +11,12 @@ from team_machine import machine
 from mipipe.graphs.errors import InfeasibleError, InputError, TimeUpError
 from mipipe.planner.milp.placement.degrees import ChainTask, ModeCost, stage_counts
 from mipipe.planner.teams import search
-from mipipe.planner.teams.bounds import bound_of, packed
-from mipipe.planner.teams.degrees import Degrees
+from mipipe.planner.teams.bounds.of_degrees import bound_of, packed
 from mipipe.planner.teams.effort import EFFORT
 from mipipe.planner.teams.evaluate import evaluate_teams
 from mipipe.planner.teams.options import TeamOptions
-from mipipe.planner.teams.pricing import Pricer
+from mipipe.planner.teams.prices.degrees import Degrees
+from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.planner.teams.search import search_teams
 from mipipe.planner.teams.space import DegreeSpace, all_degrees, least_seconds, roughly_fits
 

@@ -11,14 +11,14 @@ from team_machine import machine
 from mipipe.graphs.errors import MipipeError
 from mipipe.graphs.sharding.modes import with_modes
 from mipipe.planner.teams import space
-from mipipe.planner.teams.bounds import bound_of, packed
-from mipipe.planner.teams.degrees import RECOMPUTE, Degrees, Recompute
+from mipipe.planner.teams.bounds.of_degrees import bound_of, packed
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
-from mipipe.planner.teams.machine import Machine
 from mipipe.planner.teams.orders import order_of
-from mipipe.planner.teams.piece_cost import PhaseCost, PieceCost
-from mipipe.planner.teams.pieces import ModelPieces, model_pieces
-from mipipe.planner.teams.pricing import Pricer
+from mipipe.planner.teams.prices.degrees import RECOMPUTE, Degrees, Recompute
+from mipipe.planner.teams.prices.machine import Machine
+from mipipe.planner.teams.prices.piece_cost import PhaseCost, PieceCost
+from mipipe.planner.teams.prices.pieces import ModelPieces, model_pieces
+from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.planner.teams.space import DegreeSpace, all_degrees, floor_of, least_seconds, roughly_fits, variants
 from mipipe.planner.teams.waves import shapes_of, wave
 

@@ -11,14 +11,14 @@ import pytest
 from team_machine import machine
 
 from mipipe.planner.check import check_plan
-from mipipe.planner.teams.bounds import bound_of, packed
-from mipipe.planner.teams.degrees import Degrees
+from mipipe.planner.teams.bounds.of_degrees import bound_of, packed
+from mipipe.planner.teams.bounds.packing import TOLERANCE, least_busiest
 from mipipe.planner.teams.effort import EFFORT
 from mipipe.planner.teams.evaluate import evaluate_teams
 from mipipe.planner.teams.options import TeamOptions
 from mipipe.planner.teams.orders import pair_guesses, paired
-from mipipe.planner.teams.packing import TOLERANCE, least_busiest
-from mipipe.planner.teams.pricing import Pricer
+from mipipe.planner.teams.prices.degrees import Degrees
+from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.planner.teams.search import search_teams
 from mipipe.planner.teams.space import DegreeSpace
 from mipipe.planner.teams.waves import wave, wave_shape

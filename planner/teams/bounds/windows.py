@@ -29,10 +29,10 @@ from typing import Literal
 
 import numpy as np
 
-from mipipe.planner.teams.degrees import Recompute
-from mipipe.planner.teams.packing import least_busiest
-from mipipe.planner.teams.piece_cost import PhaseCost, PieceCost
-from mipipe.planner.teams.pieces import ModelPieces
+from mipipe.planner.teams.bounds.packing import least_busiest
+from mipipe.planner.teams.prices.degrees import Recompute
+from mipipe.planner.teams.prices.piece_cost import PhaseCost, PieceCost
+from mipipe.planner.teams.prices.pieces import ModelPieces
 
 SHARES = (0.0, 0.3, 0.6, 0.8, 0.9, 0.95, 1.0, 1.05, 1.2, 1.5, 2.0)
 """Prices of memory that are tried, in seconds of work that a piece's bytes give in the first mode: any is valid."""

@@ -18,7 +18,7 @@ from mipipe.graphs.costs.split_rules import indivisible, split_rules
 from mipipe.graphs.costs.trace_facts import heads_of
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role, SegmentTrace
-from mipipe.planner.teams.degrees import RECOMPUTE, Degrees, Recompute
+from mipipe.planner.teams.prices.degrees import RECOMPUTE, Degrees, Recompute
 
 
 @dataclass(frozen=True, slots=True)

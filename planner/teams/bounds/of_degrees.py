@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from mipipe.planner.teams.degrees import Degrees, Recompute
-from mipipe.planner.teams.piece_cost import PieceCost
-from mipipe.planner.teams.pricing import Pricer
-from mipipe.planner.teams.windows import path_times, phase_table, table, windows_of
+from mipipe.planner.teams.bounds.windows import path_times, phase_table, table, windows_of
+from mipipe.planner.teams.prices.degrees import Degrees, Recompute
+from mipipe.planner.teams.prices.piece_cost import PieceCost
+from mipipe.planner.teams.prices.pricing import Pricer
 
 SHARES = np.array((0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0))
 """Weights of the memory's bound beside the work's: any is valid."""
@@ -34,7 +34,7 @@ def bound_of(pricer: Pricer, degrees: Degrees, global_batch: int,
     are within what all ranks have left for as long as the step takes (Little's law); and when a microbatch's last
     forward ends, all it keeps is there at once. Recomputation trades one for the other, piece by piece: any weighted
     mean of the bounds, with any price on the last, least over the modes of every piece, is a bound (Lagrange). What the
-    first forwards and the last backwards leave undone is a bound, too (`mipipe.planner.teams.windows`).
+    first forwards and the last backwards leave undone is a bound, too (`mipipe.planner.teams.bounds.windows`).
 
     Overlapped pairs hide collectives behind kernels or kernels behind collectives (`stages.overlap_rule`), in all as
     much as the shorter of both, so the longer stays, and in the windows all. Every action in a pair takes as much of

@@ -12,8 +12,8 @@ from mipipe.graphs.costs.table import CostTable
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import Phase
 from mipipe.planner.problems.from_layers import LayerTimes
-from mipipe.planner.teams.degrees import Degrees
-from mipipe.planner.teams.pieces import ModelPieces
+from mipipe.planner.teams.prices.degrees import Degrees
+from mipipe.planner.teams.prices.pieces import ModelPieces
 
 
 def profiled_layers(table: CostTable, model: ModelPieces, degrees: Degrees, where: str,

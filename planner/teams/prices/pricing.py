@@ -23,10 +23,10 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.modes import Collective, CollectiveKind, ModeProfile
 from mipipe.graphs.operator_graph import DTYPE_BYTES, Phase, Role
 from mipipe.planner.problems.from_layers import LayerTimes
-from mipipe.planner.teams.degrees import Degrees, Recompute
-from mipipe.planner.teams.machine import Machine
-from mipipe.planner.teams.piece_cost import Axis, PhaseCost, PieceCost, as_measured, phase_beside
-from mipipe.planner.teams.pieces import ModelPieces
+from mipipe.planner.teams.prices.degrees import Degrees, Recompute
+from mipipe.planner.teams.prices.machine import Machine
+from mipipe.planner.teams.prices.piece_cost import Axis, PhaseCost, PieceCost, as_measured, phase_beside
+from mipipe.planner.teams.prices.pieces import ModelPieces
 
 ADAM_BYTES = 3 * DTYPE_BYTES["float32"]
 """Optimizer state of a parameter: a master copy and two moments in float32 (Rajbhandari et al., 2020, section 3.1)."""

@@ -1,0 +1,1 @@
+"""Seconds that no plan of given degrees is below."""

@@ -1,0 +1,1 @@
+"""What the pieces of a model cost on a team of given degrees: seconds, bytes, collectives."""
