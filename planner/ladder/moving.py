@@ -173,7 +173,7 @@ class Moving:
         self.tries += 1
         line.misses += 1
         found.instance.cap[:] -= in_flight(found.view)
-        ends = 2 * (found.view.num_stages - 1)  # moves of an end of a stage: when as many failed, rounds are too short
+        ends = 2 * found.view.num_stages  # moves of an end of a stage: when as many failed, rounds are too short
         return Try(line, found, line.moments, line.allowed_ns - line.aside_ns, self.tries, 1 + line.misses // ends,
                    time.monotonic())
 

@@ -105,6 +105,16 @@ def test_what_divides_a_unit_or_has_one_host_is_left_alone() -> None:
         UnitHosts(together, apart)
 
 
+def test_all_on_one_rank_is_a_neighbour_as_well() -> None:
+    """Of two layers on two ranks a move leaves one stage."""
+    run = Run(uneven_chain([9, 1], ranks=2, microbatches=1), PlanOptions(time_limit_s=1000, threads=1))
+    admit_placement(run, next(propose_shapes(run.problem, "chain")))
+    moving = Moving(run)
+    while moving.step(0.2) and moving.tries < 20:
+        pass
+    assert any(found.view.num_stages == 1 for found in (run.candidates + [line.found for line in moving.lines]))
+
+
 @pytest.mark.parametrize(("durations", "threads"), [
     ([3, 1, 4, 1, 5, 9], 1), ([3, 1, 4, 1, 5, 9], 2),
     pytest.param([1, 8, 1, 1, 7, 1, 5, 2], 1, marks=pytest.mark.slow)])

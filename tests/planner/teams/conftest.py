@@ -7,15 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from team_config import CONFIG
 
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.teams.prices.pieces import ModelPieces, model_pieces
 
 sys.path.insert(0, str(Path(__file__).parent))  # for team_machine
 
-CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256, "intermediate_size": 688,
-          "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 1024,
-          "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16", "tie_word_embeddings": False}
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import dataclasses
 import json
 
 import pytest
-from conftest import CONFIG
+from team_config import CONFIG
 
 from mipipe.graphs.capture.model import capture
 from mipipe.graphs.costs.estimate_modes import estimated_profile

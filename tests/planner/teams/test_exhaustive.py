@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
-from conftest import CONFIG
 from team_brute import best_ordered, everything
+from team_config import CONFIG
 from team_machine import machine
 
 from mipipe.planner.teams.evaluate import TeamResult
