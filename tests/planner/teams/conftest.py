@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from team_config import CONFIG
 
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.teams.prices.pieces import ModelPieces, model_pieces
 
-sys.path.insert(0, str(Path(__file__).parent))  # for team_machine
+sys.path.insert(0, str(Path(__file__).parent))
 
+from team_config import CONFIG
 
 
 @pytest.fixture(scope="session")
