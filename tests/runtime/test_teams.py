@@ -132,14 +132,19 @@ def test_what_runs_again_changes_nothing_but_memory(name):
             assert all(torch.equal(item, found[0][1][key]) for key, item in gradients.items())
 
 
-def test_latents_made_again_on_teams_and_copies_that_share_parameters(pool):
-    """Members make their part again; where copies hold parts of parameters, from gathered ones; a model without latents
-    is refused in one line."""
-    for name, team in (("deepseek", one_mode("tensor")), ("deepseek-dense", one_mode("sequence")),
-                       ("deepseek-dense", one_mode("context")), ("deepseek-dense", Team({}, 2, zero=3))):
-        made = equal.case(name)
-        own = tuple(segment.name for segment in made.graph.segments if segment.tags.role is Role.ATTENTION)
-        teams.compare(pool, made, plans_of(made.graph, 1, replace(team, latents_again=own)))
+@pytest.mark.parametrize(("name", "team"), [
+    ("deepseek", one_mode("tensor")),
+    *(pytest.param("deepseek-dense", team, marks=pytest.mark.slow) for team in (
+        one_mode("sequence"), one_mode("context"), Team({}, 2, zero=3)))],
+    ids=["tensor", "sequence", "context", "zero3"])
+def test_latents_made_again_on_teams_and_copies_that_share_parameters(pool, name, team):
+    """Members make their part again; where copies hold parts of parameters, from gathered ones."""
+    made = equal.case(name)
+    own = tuple(segment.name for segment in made.graph.segments if segment.tags.role is Role.ATTENTION)
+    teams.compare(pool, made, plans_of(made.graph, 1, replace(team, latents_again=own)))
+
+
+def test_a_model_without_latents_makes_none_again():
     other = equal.case("llama")
     names = [segment.name for segment in other.graph.segments if segment.tags.role is Role.ATTENTION]
     plan = plans_of(other.graph, 1, Team({}, latents_again=tuple(names)))[0]
