@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import partial
 from itertools import islice
 from types import FrameType
 from typing import Any
@@ -44,7 +43,6 @@ from mipipe.planner.ladder.proposals import Proposing
 from mipipe.planner.ladder.race import Race
 from mipipe.planner.ladder.repeating import Repeating
 from mipipe.planner.ladder.state import Incumbent, Progress, Run
-from mipipe.planner.milp import pyo
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.placements.feasible import why_infeasible
 from mipipe.planner.placements.shapes import propose_shapes
@@ -212,10 +210,9 @@ def _activities(run: Run, tuning: large.Tuning | None) -> list[Activity]:
     slice_s = min(1.0, max(0.2, SHARES.first_slice * run.options.time_limit_s))
     steps: dict[str, Callable[[float], bool]] = {"bound": Tightening(run).step}
     if run.options.use_milp:
-        models = {"pacing": Pacing(run).step, "proposing": Proposing(run, take).step, "proving": Proving(run).step,
+        steps |= {"pacing": Pacing(run).step, "proposing": Proposing(run, take).step, "proving": Proving(run).step,
                   "windows": Polishing(run).step}
-        models |= {f"{bound.name} bound": bound.step for bound in placement_rungs.bounding(run)}
-        steps |= {name: partial(_with_solver, run, step) for name, step in models.items()}
+        steps |= {f"{bound.name} bound": bound.step for bound in placement_rungs.bounding(run)}
     if tuning is not None:
         steps["quotas"] = tuning.step
     if run.options.use_search:
@@ -226,11 +223,6 @@ def _activities(run: Run, tuning: large.Tuning | None) -> list[Activity]:
         found.append(Activity("moving", moving.step, slice_s, progress=lambda: moving.gained,
                               wide=moving.step))
     return found
-
-
-def _with_solver(run: Run, step: Callable[[float], bool], seconds: float) -> bool:
-    """A step that builds models, once there is what solves them."""
-    return pyo.loaded(run.left) and step(seconds)
 
 
 def _with_period(run: Run, result: SolveResult) -> SolveResult:

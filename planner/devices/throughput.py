@@ -32,7 +32,6 @@ from mipipe.planner.devices.linear import best_intervals
 from mipipe.planner.devices.result import TOLERANCE, PlaceResult
 from mipipe.planner.devices.starts import fits, max_load
 from mipipe.planner.devices.workers import TimedJob, run_jobs
-from mipipe.planner.milp import pyo
 
 PROVABLE = 900
 """Classes times devices of a contracted instance up to which HiGHS usually ends within a minute."""
@@ -142,7 +141,7 @@ class _Search:
     def _longer(self) -> Iterator[TimedJob]:
         """Long runs without end, the first one of every thread afresh, then every second one from the best; beside the
         first ones the MIP over the whole, for its bound."""
-        if not self._provable() and pyo.loaded(self.left):
+        if not self._provable():
             part = Region(*merge_above(self.instance, self._budget(), self.value))
             yield self._proving(part, self.value, SHARE * self.left, self._raise_bound)
         for number in count():
@@ -199,8 +198,6 @@ class _Search:
 
     def _prove(self, until: Callable[[], bool] = lambda: False) -> bool:
         """Solve all parts of the contracted instance: improves, or proves. Whether something better was found."""
-        if not pyo.loaded(self.left) or self.left <= 0:
-            return False
         before, instance = self.value, self.instance
         worst = instance.acc.sum() + instance.cpu.sum() + (instance.num_devices + 1) * instance.value_cost.sum()
         target = float(worst) + 1.0 if self.best is None else before * (1 - 1e-6)

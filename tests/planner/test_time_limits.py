@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +21,7 @@ from mipipe.planner.check.arrays import holds
 from mipipe.planner.compare import compare
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.ladder.state import Progress
+from mipipe.planner.milp import pyo
 from mipipe.planner.options import Objective, PlanOptions
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
@@ -139,3 +143,26 @@ def test_a_solve_that_ctrl_c_ended_says_so_in_its_plan() -> None:
 
     result = plan(uniform_problem(ranks=4, microbatches=8, f=1, i=2, w=3), PlanOptions(), stop)
     assert result.plan is not None and result.plan.provenance["termination"] == Termination.INTERRUPTED.value
+
+
+def test_an_import_of_the_solver_keeps_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it takes: who waits for it is under the clock, and one without a clock waits."""
+    ended, asked = threading.Event(), []
+
+    def slow(name: str) -> SimpleNamespace:
+        asked.append(name)
+        assert ended.wait(30)
+        return SimpleNamespace(Var="variable")
+
+    monkeypatch.setattr(pyo, "_found", [])
+    monkeypatch.setattr(pyo, "_importlib", SimpleNamespace(import_module=slow))
+    left = iter((1.0, 1.0))
+    with pytest.raises(clock.OutOfTimeError), clock.watched(lambda: next(left, 0.0)):
+        pyo.Var  # noqa: B018
+    ended.set()
+    assert pyo.Var == "variable" and set(asked) == {"pyomo.environ"}
+    monkeypatch.setattr(pyo, "_found", [])
+    monkeypatch.setattr(pyo, "_importlib", SimpleNamespace(import_module=importlib.import_module))
+    monkeypatch.setattr(pyo, "_ENVIRON", "no_such_module_of_mipipe")
+    with pytest.raises(ModuleNotFoundError, match="no_such_module_of_mipipe"):
+        pyo.Var  # noqa: B018

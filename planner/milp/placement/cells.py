@@ -25,6 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -80,12 +81,13 @@ class CellCase:
 
 @dataclass(slots=True)
 class CellBound:
-    """The bound of one problem, raised step by step; ``ended`` when it can be raised no further."""
+    """The bound of one problem, raised step by step; ``ended`` when it can be raised no further. ``models``: of a
+    device with a cell, as Pyomo's and in HiGHS's rows."""
 
     problem: PlanningProblem
     bins: list[Bin] = field(default_factory=list)
     cases: list[CellCase] | None = None
-    models: dict[tuple[int, int], tuple[pyo.ConcreteModel, highs.Matrix]] = field(default_factory=dict)
+    models: dict[tuple[int, int], tuple[Any, highs.Matrix]] = field(default_factory=dict)
     least_ns: int = 0
     step_share: float = STEP
     ended: bool = False
