@@ -138,7 +138,7 @@ def _team_faults(team: Team, problem: PlanningProblem) -> Iterator[str]:
                 yield f"{what} of segment {name!r} run again, which the graph does not have"
             if name in seen:
                 yield f"segment {name} runs again twice"
-        seen |= set(names)
+            seen.add(name)
 
 
 def _ratio_faults(what: str, sizes: Iterable[tuple[Group, int, int]]) -> Iterator[str]:

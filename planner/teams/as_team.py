@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mipipe.graphs.costs.trace_facts import heads_of
 from mipipe.graphs.operator_graph import OperatorGraph, Role
 from mipipe.planner.plan import Plan
 from mipipe.planner.team import Team, TeamMode
@@ -31,7 +32,7 @@ def team_of(model: ModelPieces, degrees: Degrees, kind: str, recompute: Sequence
     again = tuple(tuple(graph.segments[member].name for member in piece.members)
                   for piece, way in zip(model.pieces, ways, strict=True) if way == "full")
     attention = tuple(graph.segments[member].name for piece, way in zip(model.pieces, ways, strict=True)
-                      for member in piece.members if way == "selective")
+                      for member in piece.members if way == "selective" and heads_of(model.index.traces[member]))
     latents = tuple(graph.segments[member].name for piece, way in zip(model.pieces, ways, strict=True)
                     for member in piece.members if way == "latents" and member in model.latents)
     return Team(axes, degrees.copies, tuple(modes), kind, degrees.microbatch, degrees.expert, degrees.zero, again,

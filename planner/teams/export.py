@@ -92,13 +92,12 @@ def _recompute(plan: Plan, team: Team, engine: str, layers: int) -> tuple[str, i
         return "none", 0
     if len(found) > 1:
         raise _cannot(plan, engine, f"one way of recomputation; this plan has {' and '.join(found)} that run again")
-    if team.attention_again:
-        return "selective", 0
-    if team.latents_again:
-        if len(team.latents_again) != layers:
-            raise _cannot(plan, engine, f"up-projections that run again in all layers or in none; here they do in"
-                                        f" {len(team.latents_again)} of {layers}; plan with --recomputation latents")
-        return "latents", 0
+    for way, segments in (("selective", team.attention_again), ("latents", team.latents_again)):
+        if segments:
+            if len(segments) != layers:
+                raise _cannot(plan, engine, f"{found[0]} that run again in all layers or in none; here they do in"
+                                            f" {len(segments)} of {layers}; plan with --recomputation {way}")
+            return way, 0
     counts = [sum(bool(run) and run[0] in group.segments for run in team.again) for group in plan.problem.groups]
     if sum(counts) == layers:
         return "full", 0

@@ -8,13 +8,16 @@ import pytest
 from team_machine import machine
 
 from mipipe.graphs.efficiency import Evidence
-from mipipe.graphs.errors import InputError, MipipeError
+from mipipe.graphs.errors import InputError, MipipeError, PlanError
 from mipipe.graphs.modes import Collective, CollectiveKind
 from mipipe.graphs.operator_graph import Role
+from mipipe.graphs.serialize import digest
 from mipipe.planner.check import check_plan
+from mipipe.planner.check.graph import check_graph
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.problems.from_layers import LayerTimes
+from mipipe.planner.team import Team
 from mipipe.planner.teams.evaluate import evaluate_teams
 from mipipe.planner.teams.outside import outside
 from mipipe.planner.teams.prices.degrees import Degrees, completed, parse_degrees
@@ -270,3 +273,23 @@ def test_the_same_model_on_another_machine(pieces):
     slow.costs(Degrees(tensor=2))
     fast = slow.on(machine(product=1.0))
     assert fast.costs(Degrees(tensor=2)) == Pricer(pieces, machine(product=1.0)).costs(Degrees(tensor=2))
+
+
+def test_what_runs_again_is_checked_against_the_graph(pieces, llama):
+    """Segments that nobody has, or that are named twice, of whatever runs again."""
+    plan = evaluate_teams(Pricer(pieces, machine()), Degrees(ranks=2, copies=4), 32).plan
+    problem = plan.problem.replace(graph_digest=digest(llama))
+    one, other = (group.segments[0] for group in problem.groups)
+    for team, fault in (
+            (Team({}, 4, attention_again=(one, other)), None), (Team({}, 4, again=((one,), (other,))), None),
+            (Team({}, 4, again=((one, other),)), "run again together, but are not all in one group"),
+            (Team({}, 4, again=((one,), (one,))), "runs again twice"),
+            (Team({}, 4, again=((one,),), attention_again=(one,)), "runs again twice"),
+            (Team({}, 4, attention_again=(one, one)), "runs again twice"),
+            (Team({}, 4, latents_again=("nobody",)), "up-projections of segment 'nobody' run again, which the graph")):
+        made = replace(plan, problem=problem, team=team)
+        if fault is None:
+            check_graph(made, llama)
+        else:
+            with pytest.raises(PlanError, match=fault):
+                check_graph(made, llama)

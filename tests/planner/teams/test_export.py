@@ -73,6 +73,17 @@ def test_some_layers_run_again(planned):
         torchtitan_config(even, "order.csv")
 
 
+def test_attention_runs_again_in_all_layers_or_is_refused(planned):
+    degrees = Degrees(ranks=2, copies=4, tensor=2)
+    every = planned(degrees, layers=(3, 3), recompute=["none", *["selective"] * 6, "none"])
+    assert "--recompute-modules core_attn\n" in megatron_flags(every)
+    assert json.loads(torchtitan_config(every, "order.csv")[0])["activation_checkpoint"] == "selective"
+    some = planned(degrees, layers=(3, 3), recompute=["none", *["selective"] * 2, *["none"] * 4, "none"])
+    for export in (megatron_flags, bridge_config, lambda plan: torchtitan_config(plan, "order.csv")):
+        with pytest.raises(InputError, match=r"attention that run again in all layers or .* here they do in 2 of 6"):
+            export(some)
+
+
 def test_torchtitan(planned):
     """The names of its ParallelismConfig, modules of every stage, and the order as its schedule runtime reads it."""
     plan = planned(Degrees(ranks=2, tensor=2, copies=4, chunks=2, zero=1), layers=(1, 2, 2, 1), schedule="interleaved")
