@@ -6,8 +6,8 @@ candidate fell (a proposal that leaves room for better orders), or by what it sa
 moved towards a better plan). The worthiest goes next. What gains nothing gets longer slices, more seldom: it may only
 need more time at once, and its seconds count against it. New activities count as worth trying. Where there is more than
 one thread, one of them works for the chosen activity and the others anneal (`mipipe.planner.ladder.race`), or work for
-it as well where they can and it gained more lately, until annealing's last round; with one, annealing is an activity
-like the others.
+it as well where they can and it gained more lately, but for the end of the time, which is left to annealing; with one,
+annealing is an activity like the others.
 
 Nothing here knows how large a problem is: what is too slow for it gains nothing and stands back.
 """
@@ -90,10 +90,10 @@ def loop(run: Run, activities: Sequence[Activity], race: Race | None) -> None:
         seen, bound, began = len(run.history), run.lowest_ns or 0, time.monotonic()
         room, progress = least_bound(run), chosen.progress()
         given = min(chosen.slice_s, longest, max(clock.LEAST_S, run.left))
-        alone = (chosen.wide is not None and annealing is not None and chosen.gained > annealing.gained
-                 and run.left > 2 * SHARES.last_round * run.options.time_limit_s)
-        if alone and chosen.wide is not None:
-            active = chosen.wide(given, threads)
+        wide = chosen.wide if annealing is not None and chosen.gained > annealing.gained and (
+            run.left > 2 * SHARES.last_round * run.options.time_limit_s) else None
+        if wide is not None:
+            active = wide(given, threads)
         else:
             with beside(run, race if chosen is not annealing else None, threads - 1):
                 active = chosen.step(given)
@@ -106,7 +106,7 @@ def loop(run: Run, activities: Sequence[Activity], race: Race | None) -> None:
         else:
             own = chosen.progress() - progress
             chosen.note(by_others + risen + own + max(0.0, 1 - least_bound(run) / room), seconds)
-            if annealing is not None and threads > 1 and not alone:
+            if annealing is not None and threads > 1 and wide is None:
                 annealing.note(by_annealing, seconds)
                 annealing.slice_s = TURN_S
         if not active:

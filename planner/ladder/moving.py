@@ -52,13 +52,13 @@ DRAWN = 400
 @dataclass(slots=True)
 class Line:
     """From a candidate's placement to others: ``found`` is where it stands, ``latest`` the moments of its actions,
-    ``record_ns`` the shortest makespan on its way, ``misses`` the tries since, ``drawn`` the neighbours drawn in vain
-    since the last try."""
+    ``left_ns`` the shortest makespan where it stood before, ``misses`` the tries since its record, ``drawn`` the
+    neighbours drawn in vain since the last try."""
 
     found: Candidate
     latest: Moments = field(default_factory=dict)
     seen_ns: int = NEVER_NS
-    record_ns: int = NEVER_NS
+    left_ns: int = NEVER_NS
     misses: int = 0
     drawn: int = 0
 
@@ -68,10 +68,21 @@ class Line:
         return (self.found.makespan_ns + self.found.bound.ns) / 2 * (1 + FORGIVEN * self.misses)
 
     @property
+    def record_ns(self) -> int:
+        """The shortest makespan on its way; others improve where it stands as well."""
+        return min(self.left_ns, self.found.makespan_ns)
+
+    @property
     def allowed_ns(self) -> int:
         """Below what the next makespan must be."""
-        self.record_ns = min(self.record_ns, self.found.makespan_ns)  # others improve where the line stands as well
         return round(self.record_ns * (1 + DEVIATION))
+
+    def go_on(self, found: Candidate) -> None:
+        """Stand at another placement."""
+        self.left_ns = self.record_ns
+        self.found, self.seen_ns = found, NEVER_NS
+        if found.makespan_ns < self.left_ns:
+            self.misses = 0
 
     @property
     def moments(self) -> Moments:
@@ -199,9 +210,7 @@ class Moving:
             return
         before, record = run.makespan_ns, line.record_ns
         found.searched = found.lineage
-        line.found, line.seen_ns = found, NEVER_NS
-        if found.makespan_ns < record:
-            line.record_ns, line.misses = found.makespan_ns, 0
+        line.go_on(found)
         if found.makespan_ns < before:
             self.known.add(found)
             with run.lock:
@@ -218,11 +227,11 @@ class Moving:
         while line.drawn < DRAWN and time.monotonic() < end and not run.closed:
             clock.ask()
             line.drawn += 1
-            drawn = [neighbour(run.problem, line.found.placement, self.rng) for _ in range(SEVERAL)]
-            placement = min((one for one in drawn if one is not None), default=None,
-                            key=lambda one: earliest_end(run.problem, one, self.heads))
-            if (placement is None or not resident_fits(run.problem, placement)
-                    or earliest_end(run.problem, placement, self.heads) >= run.makespan_ns
+            several = [one for one in (neighbour(run.problem, line.found.placement, self.rng) for _ in range(SEVERAL))
+                       if one is not None and resident_fits(run.problem, one)]
+            ends = [earliest_end(run.problem, one, self.heads) for one in several]
+            placement = several[ends.index(min(ends))] if several else None
+            if (placement is None or min(ends) >= run.makespan_ns
                     or any(order_rungs.same(other.placement, placement) for other in list(run.candidates))):
                 continue
             try:

@@ -59,8 +59,8 @@ def _with_modes(pricer: Pricer, degrees: Degrees, global_batch: int, options: Te
     for _ in range(SQUEEZES):
         answer = stage_counts(task, time_limit_s=effort[0], gap=effort[1], seed=options.seed,
                               cutoff=None if cutoff == float("inf") else cutoff)
-        result = None if answer is None else evaluated(
-                pricer, degrees, answer, modes, global_batch, "interleaved" if degrees.chunks > 1 else "1F1B")
+        result = None if answer is None else evaluated(pricer, degrees, answer, modes, global_batch,
+                                                       "interleaved" if degrees.chunks > 1 else "1F1B")
         if result is None or not result.shortage:
             return result
         task = replace(task, memory=round(0.99 * task.memory - result.shortage))
@@ -85,7 +85,7 @@ def chain_task(pricer: Pricer, degrees: Degrees, microbatches: int,
 
 
 def runs_of(pricer: Pricer, by_mode: Mapping[Recompute, Sequence[PieceCost]],
-                  read: Callable[[PieceCost], Cost]) -> tuple[tuple[int, tuple[Cost, ...]], ...]:
+            read: Callable[[PieceCost], Cost]) -> tuple[tuple[int, tuple[Cost, ...]], ...]:
     """Runs of equal pieces in the model's order: how many, and what is read of one's cost in every mode."""
     order = [*_run_order(pricer), len(pricer.model.pieces)]
     return tuple((after - first, tuple(read(costs[first]) for costs in by_mode.values()))
@@ -104,8 +104,7 @@ def evaluated(pricer: Pricer, degrees: Degrees, answer: StageCounts, modes: Sequ
     uniform = set(recompute)
     shown = replace(degrees, recompute=recompute[0] if len(uniform) == 1 else "none")
     try:
-        return evaluate_teams(pricer, shown, global_batch, layers=layers, recompute=recompute,
-                              schedule=schedule)
+        return evaluate_teams(pricer, shown, global_batch, layers=layers, recompute=recompute, schedule=schedule)
     except MipipeError:
         return None
 

@@ -103,6 +103,11 @@ def test_what_gains_more_than_annealing_has_every_thread(monkeypatch: pytest.Mon
     first, *later = [threads for name, threads in calls if name == "gain"]
     assert first == 1 and {*later} == {2}
     assert all(threads == 1 for name, threads in calls if name == "nothing")
+    run.interrupted = False
+    calls.clear()
+    monkeypatch.setattr(Run, "left", property(lambda self: 0.0 if self.interrupted else 0.1))  # of 0.5: the last fifth
+    loop(run, [gain], SimpleNamespace(step=race))  # type: ignore[arg-type]
+    assert {threads for name, threads in calls if name == "gain"} == {1}
 
 
 def test_a_loop_with_nothing_left_to_do_ends() -> None:
