@@ -32,7 +32,8 @@ def capture(
     expert_groups: Annotated[int, typer.Option(help="Split every bank of experts into this many branches.",
                                                min=1)] = 1,
     expert_parallel: Annotated[int, typer.Option(
-        help="Share every bank of experts among this many ranks, by all-to-all on the communication stream.",
+        help="Share every bank of experts among this many ranks, by all-to-all on the communication stream. A plan of"
+             " teams says itself among how many devices, members and copies (--degrees expert=N).",
         min=1)] = 1,
     loads: Annotated[Path | None, typer.Option(
         help="With --expert-parallel: tokens per layer and expert, measured, as `mipipe experts` takes them (default:"

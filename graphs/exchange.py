@@ -39,6 +39,11 @@ class Share:
     wire: float
 
 
+def exchanges(graph: OperatorGraph) -> bool:
+    """Whether tokens travel to their experts: the graph was captured with ``expert_parallel``."""
+    return any(item.kind.startswith(MOVES) for trace in graph.traces for item in trace.operators)
+
+
 def expert_shares(graph: OperatorGraph) -> dict[str, Share]:
     """The share of each dispatch, expert and combine segment by name; empty where nothing is exchanged."""
     ranks = int(graph.source.get("expert_parallel", 1))

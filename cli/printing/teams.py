@@ -137,18 +137,21 @@ def not_executed(result: TeamResult) -> list[str]:
     """What the runtime does not do as planned, so that a run of this plan takes more than is told here."""
     degrees, shared = result.degrees, result.plan.provenance["team"]["expert_parallel"]
     found = []
-    if shared > 1 and degrees.team > 1:
-        found.append(f"the graph was captured with --expert-parallel {shared}, whose experts copies of single devices"
-                     " share, and `mipipe train` refuses this plan; --degrees tensor=1,context=1 runs")
+    if shared > 1 and result.tokens is not None and result.tokens * degrees.microbatch % degrees.team:
+        found.append(f"{result.tokens * degrees.microbatch} tokens of a microbatch do not divide among the"
+                     f" {degrees.team} members of a team, each of which sends its part to the experts, and `mipipe"
+                     " train` refuses this plan")
     elif shared == 1 and (degrees.expert not in (1, degrees.tensor) or (degrees.expert > 1 and degrees.context > 1)):
-        found.append(f"experts over {degrees.expert} devices: `mipipe train` runs experts whole, over the tensor axis,"
-                     " or over copies of single devices (capture with --expert-parallel"
-                     f"{f' {degrees.expert}' if degrees.team == 1 else ''}), and refuses this plan")
+        found.append(f"experts over {degrees.expert} devices: of a graph captured without --expert-parallel `mipipe"
+                     " train` runs experts whole or over the tensor axis, and refuses this plan; one captured with"
+                     f" --expert-parallel {degrees.expert} runs it")
     elif shared == 1 and degrees.expert > 1:
         found.append("experts are added up over the team, with no exchange of tokens")
-    elif degrees.zero > 1 and 1 < degrees.expert < degrees.copies:
-        found.append("copies that hold the same experts divide the optimizer's state of these alone, so gradients"
+    elif degrees.zero > 1 and degrees.expert > 1 and degrees.expert_copies > 1:
+        found.append("devices that hold the same experts divide the optimizer's state of these alone, so gradients"
                      + (" and parameters" if degrees.zero > 2 else "") + " of experts take more memory than told here")
+    elif shared > 1 and degrees.zero and degrees.expert == 1 and degrees.team > 1:
+        found.append("members of a team do not divide the state of the experts that each of them has whole")
     if degrees.zero and degrees.context > 1:
         found.append("members along the context axis do not divide the optimizer's state")
     return [f"`mipipe train` runs this plan, but {'; '.join(found)}"] if found and "refuses" not in found[0] else \

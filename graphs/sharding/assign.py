@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
+from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import Operator, Phase, SegmentTrace, TensorSpec
 from mipipe.graphs.operators import kernels  # noqa: F401  (registers operators that traces name)
+from mipipe.graphs.operators.expert_kernels import ROUTE
 from mipipe.graphs.sharding.case import Case, Choice
 from mipipe.graphs.sharding.parts import PARTIAL, WHOLE, Kind, Part, sent
+from mipipe.graphs.sharding.rules_experts import EXPERTS
 from mipipe.graphs.sharding.rules_math import MATH, pointwise
 from mipipe.graphs.sharding.rules_model import MODEL
 from mipipe.graphs.sharding.rules_team import TEAM
@@ -25,11 +28,10 @@ from mipipe.graphs.sharding.rules_views import VIEWS, Rule
 from mipipe.graphs.trace_rules import CONSTANT, GETITEM
 from mipipe.graphs.tracing.operator_kinds import resolve_operator
 
-RULES: dict[str, Rule] = {**VIEWS, **MATH, **MODEL, **TEAM}
+RULES: dict[str, Rule] = {**VIEWS, **MATH, **MODEL, **EXPERTS, **TEAM}
 _POINTWISE = {"aten.clone.default", "aten._to_copy.default", "aten.where.self", "aten.silu_backward.default",
               "aten.gelu_backward.default", "aten.threshold_backward.default"}
 _ZEROS = {"aten.new_zeros.default", "aten.zeros.default", "aten.zeros_like.default"}
-_SHORT = ("float32", "bfloat16", "float16")
 _PENALTY = 1000.0
 """How much worse it is to gather a parameter, or to scatter its gradient, than activations of its size: a mode divides
 parameters so that they stay divided."""
@@ -47,15 +49,16 @@ class Layouts:
     """How what a trace is given and returns lies on a team of ``size`` members along one axis.
 
     ``given``: inputs, parameters, buffers and output gradients that are not whole. ``wanted``: outputs and input
-    gradients, by name, that are not whole. ``scatter``: see `Case`. ``deferred``: products of a sum over members and a
-    whole tensor, and casts of sums, by the operator's name, that are made of the members' parts and summed later.
-    ``early``: gradients of outputs that are gathered as soon as they arrive.
+    gradients, by name, that are not whole. ``scatter``, ``tokens``: see `Case`. ``deferred``: products of a sum over
+    members and a whole tensor, and casts of sums, by the operator's name, that are made of the members' parts and
+    summed later. ``early``: gradients of outputs that are gathered as soon as they arrive.
     """
 
     size: int
     given: Mapping[str, Part]
     wanted: Mapping[str, Part] = field(default_factory=dict)
     scatter: Scatter = no_scatter
+    tokens: Scatter = no_scatter
     deferred: frozenset[str] = frozenset()
     early: frozenset[str] = frozenset()
 
@@ -133,10 +136,12 @@ class _Pass:
         """The cheapest choice for an operator; among equal ones the one that leaves a member the least to do."""
         backward = op.phase is not Phase.F
         case = Case(op, self.specs, self.parts, self.layouts.size, self.layouts.scatter,
-                    lambda name: self.kinds.get(name) in _ZEROS, goal, op.name in self.layouts.deferred)
+                    self.layouts.tokens, lambda name: self.kinds.get(name) in _ZEROS, goal,
+                    op.name in self.layouts.deferred)
         rule, best = rule_of(op.kind), None
         found = [choice for choice in (rule(case) if rule is not None else ()) if choice is not None]
-        for number, choice in enumerate((*found, case.whole())):
+        found += [] if op.kind == ROUTE else [case.whole()]  # members send each token once
+        for number, choice in enumerate(found):
             cost = self.cost(choice, backward)
             if cost is None:
                 continue
@@ -149,8 +154,16 @@ class _Pass:
             rank = (cost, choice.share, number)
             if best is None or rank < best[0]:
                 best = rank, choice
-        assert best is not None, "whole tensors can always be had"
+        if best is None:
+            raise GraphError(self._lost(op))
         return best[1]
+
+    def _lost(self, op: Operator) -> str:
+        """Why an operator does not run: what is on its way to experts cannot be had whole, as all else can."""
+        if op.kind == ROUTE:
+            return (f"{self.specs[op.inputs[0]].shape[0]} tokens do not divide among {self.layouts.size} members, each"
+                    " of which sends its part to the experts")
+        return f"{op.kind} looks at more than a row of what tokens are at their experts, of which members have parts"
 
     def use(self, name: str, need: Part, phase: Phase) -> None:
         """Count a change of layout once."""
@@ -197,6 +210,14 @@ def assign(trace: SegmentTrace, layouts: Layouts, specs: Mapping[str, TensorSpec
     return Assignment(choices, run.born, leaving, run.sent, run.gathered, run.flops)
 
 
+def forward_parts(trace: SegmentTrace, layouts: Layouts) -> dict[str, Part]:
+    """How the outputs of a trace lie as F makes them, whatever is wanted of them."""
+    run, choices = _Pass(trace, layouts, specs_of(trace)), dict[str, Choice]()
+    for op in trace.phase_operators(Phase.F):
+        _step(run, op, choices, {})
+    return {name: run.parts[name] for name in trace.outputs}
+
+
 def first_backward(trace: SegmentTrace) -> Phase:
     """The phase in which the backward begins."""
     return Phase.I if trace.has(Phase.I) else Phase.W
@@ -226,43 +247,6 @@ def _step(run: _Pass, op: Operator, choices: dict[str, Choice], ends: Mapping[st
         run.lie(op.name, choice.gives[0])
     if op.kind in VIEWS and len(op.inputs) == 1 and op.inputs[0] in run.held:
         run.held.add(op.name)
-
-
-def refine(trace: SegmentTrace, layouts: Layouts) -> Layouts:
-    """The layouts with those products deferred and those gradients gathered early that make it send less.
-
-    Sums over members may shrink before they travel (a token's experts are added up), and gradients grow before they
-    are needed whole (each token's for all of its experts).
-    """
-    specs = specs_of(trace)
-    now, chosen = assign(trace, layouts, specs), layouts
-    early = [name for name in trace.output_grads if name is not None and now.born[name].kind is Kind.DIVIDED]
-    products = [op for op in trace.operators
-                if (op.kind == "aten.mul.Tensor" and len(op.inputs) == 2) or casts(op, specs)]
-
-    def better(made: Layouts) -> bool:
-        nonlocal now, chosen
-        found = assign(trace, made, specs)
-        if found.sent < now.sent:
-            now, chosen = found, made
-            return True
-        return False
-
-    for name in early:
-        better(replace(chosen, early=chosen.early | {name}))
-    while True:
-        summed = {op.name for op in products if PARTIAL in [now.born[name] for name in op.inputs]} - chosen.deferred
-        if not summed or not better(replace(chosen, deferred=chosen.deferred | summed)):
-            break
-    for name in sorted(chosen.deferred):
-        better(replace(chosen, deferred=chosen.deferred - {name}))
-    return chosen
-
-
-def casts(op: Operator, specs: Mapping[str, TensorSpec]) -> bool:
-    """Whether an operator casts between floating types of 32 bits or fewer: sums may be made in any of them."""
-    return (op.kind == "aten._to_copy.default" and len(op.inputs) == 1 and op.outputs[0].dtype in _SHORT
-            and specs[op.inputs[0]].dtype in _SHORT)
 
 
 def _ends(trace: SegmentTrace, layouts: Layouts) -> dict[str, Part]:

@@ -33,8 +33,8 @@ class Case:
     """An operator, the specs and the present parts of what it reads, and the size of the team.
 
     ``scatter`` gives the division in which a sum over members of a certain shape had best arrive (sequence mode), if
-    there is one; ``is_zero`` tells tensors made of zeros; ``goal`` is how the result is wanted in the end, if known;
-    ``deferred``: see `Layouts`.
+    there is one, ``tokens`` that of the tokens that members send to experts; ``is_zero`` tells tensors made of zeros;
+    ``goal`` is how the result is wanted in the end, if known; ``deferred``: see `Layouts`.
     """
 
     op: Operator
@@ -42,6 +42,7 @@ class Case:
     parts: Mapping[str, Part]
     size: int
     scatter: Callable[[tuple[int, ...]], Part | None]
+    tokens: Callable[[tuple[int, ...]], Part | None]
     is_zero: Callable[[str], bool]
     goal: Part | None = None
     deferred: bool = False

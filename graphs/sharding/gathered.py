@@ -5,8 +5,8 @@ With stage 3 an all-gather makes one whole before F reads it, and once more befo
 reduce-scatter leaves of its gradient the part that the copy has. With stage 2 parameters are whole while a step runs,
 and of every microbatch's gradient the part stays; with stage 1 the trace is what it is, and the sum over microbatches
 is scattered. There the engine gathers what copies updated (`mipipe.runtime.engine.parts`). Of banks of experts that
-groups of copies share, each of the copies that hold the same experts has a part of all of these, as with stage 1,
-whatever the stage is.
+groups of devices share, each of the devices that hold the same experts, members and copies, has a part of all of these,
+as with stage 1, whatever the stage is.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from mipipe.graphs.sharding.team_graph import Division, MemberGraph
 COPIES = "copies"
 """The axis that copies of the plan are along."""
 EXPERT_COPIES = "expert_copies"
-"""The axis of the copies of a plan that hold the same experts."""
+"""The axis of the devices of a plan rank that hold the same experts."""
 
 
 def gathered(member: MemberGraph, size: int, zero: int = 3, apart: Collection[str] = (),
              expert_copies: int = 1) -> MemberGraph:
     """The graph of a copy, of ``size``, that holds a part of every parameter whose first dimension divides; below stage
     3 (``zero``) of those that train. ``apart``: parameters (canonical FQNs) that copies hold otherwise: banks, of whose
-    experts each of ``expert_copies`` copies with the same ones holds a part along the second dimension."""
+    experts each of ``expert_copies`` devices with the same ones holds a part along the second dimension."""
     graph = member.graph
     canonical = {item.fqn: item.tied_to or item.fqn for item in graph.parameters}
     parts = {item.fqn for item in graph.parameters if not item.buffer and item.tied_to is None and item.fqn not in apart
-             and item.spec.shape and fits(item.spec.shape, divided(0), size) and (item.trainable or zero == 3)}
+             and item.spec.shape and fits(item.spec.shape, divided(0), size) and (item.trainable or zero == 3)
+             and size > 1}
     made: dict[tuple[str, tuple[str, ...]], SegmentTrace] = {}
     segments = []
     traces = {trace.digest: trace for trace in graph.traces}

@@ -1,10 +1,8 @@
 """Every mode of every distinct segment of a graph: layouts at its boundary, its recipe, its program, its profile.
 
-What lies how between segments follows from the value alone, so that neighbours in one mode agree: in ``sequence`` and
-``context`` mode activations [B,S,H] (or [B*S,H]) are divided along the sequence, in ``batch`` mode whatever has the
-samples in front; all else is whole on every member.
+How values lie between segments: `mipipe.graphs.sharding.boundaries`.
 
-Legend: T members, B sequences, S positions, H width.
+Legend: T members.
 """
 
 from __future__ import annotations
@@ -16,11 +14,13 @@ from mipipe.graphs.capture.assemble import TraceProgress
 from mipipe.graphs.costs.mode_profile import all_work, kept_bytes, resident_bytes
 from mipipe.graphs.errors import GraphError, shown
 from mipipe.graphs.modes import MODES, GraphModes, Layout, ModeProfile, ParameterPart
-from mipipe.graphs.operator_graph import OperatorGraph, Phase, Segment, SegmentTrace, TensorSpec, Value
-from mipipe.graphs.sharding.assign import Assignment, Layouts, assign, no_scatter, refine
+from mipipe.graphs.operator_graph import OperatorGraph, Phase, Segment, SegmentTrace
+from mipipe.graphs.sharding.assign import Assignment, Layouts, assign
+from mipipe.graphs.sharding.boundaries import Streams, boundary_parts, naming, segment_layouts
 from mipipe.graphs.sharding.member import build_member, has_dynamic_rows
-from mipipe.graphs.sharding.parts import PARTIAL, WHOLE, Kind, Part, divided, fits
+from mipipe.graphs.sharding.parts import PARTIAL, WHOLE, Kind, Part
 from mipipe.graphs.sharding.recipe import banks, expert_recipe, matrices, reads_vocabulary, tensor_recipe
+from mipipe.graphs.sharding.refine import refine
 
 AXES = {"tensor": "tensor", "sequence": "tensor", "batch": "batch", "expert": "expert", "context": "context"}
 """The axis of the team that a mode's collectives name."""
@@ -43,65 +43,15 @@ class MemberProgram:
     whole: tuple[str, ...]
 
 
-class Streams:
-    """The shapes that a graph's activations have: which dimension is the sequence, which the samples."""
-
-    def __init__(self, graph: OperatorGraph) -> None:
-        self.pairs = {(value.spec.shape[0], value.spec.shape[1]) for value in graph.values
-                      if value.differentiable and len(value.spec.shape) == 3}
-        self.samples = {value.spec.shape[0] for value in graph.values
-                        if value.source is None and len(value.spec.shape) > 1} | {pair[0] for pair in self.pairs}
-
-    def sequence(self, shape: Sequence[int], size: int) -> Part | None:
-        """The division of an activation of this shape along its sequence, if it has one that divides."""
-        if len(shape) == 3 and (shape[0], shape[1]) in self.pairs:
-            part = divided(1)
-            return part if fits(shape, part, size) and shape[1] > 1 else None
-        for batch, length in sorted(self.pairs):
-            if len(shape) == 2 and shape[0] == batch * length and length > 1:
-                part = divided(0, batch)
-                return part if fits(shape, part, size) else None
-        return None
-
-    def scatter(self, shape: Sequence[int], size: int) -> Part | None:
-        """`sequence`, also for tensors with heads, [B,S,H,D] and [B,H,S,D]."""
-        for dim in (1, 2) if len(shape) == 4 else ():
-            if (shape[0], shape[dim]) in self.pairs and shape[dim] > 1 and fits(shape, divided(dim), size):
-                return divided(dim)
-        return self.sequence(shape, size)
-
-    def batch(self, shape: Sequence[int], size: int) -> Part | None:
-        """The division of a tensor of this shape by samples, if it has samples in front that divide."""
-        flat = {batch * length for batch, length in self.pairs if batch % size == 0}
-        known = bool(shape) and (shape[0] in self.samples or (shape[0] in flat and len(shape) == 2))
-        return divided(0) if known and fits(shape, divided(0), size) else None
-
-
-def boundary_layout(value: Value, mode: str, streams: Streams, size: int) -> Layout:
-    """How a value lies between two segments that both run in a mode."""
-    shape = value.spec.shape
-    if mode in ("sequence", "context") and value.differentiable and streams.sequence(shape, size) is not None:
-        return Layout.SEQUENCE
-    if mode == "batch" and streams.batch(shape, size) is not None:
-        return Layout.BATCH
-    return Layout.REPLICATED
-
-
-def layout_part(layout: Layout, spec: TensorSpec, streams: Streams, size: int) -> Part:
-    """The division of a tensor that lies in a layout."""
-    found = {Layout.SEQUENCE: streams.sequence, Layout.BATCH: streams.batch}.get(layout)
-    return WHOLE if found is None else found(spec.shape, size) or WHOLE
-
-
 def member_program(graph: OperatorGraph, trace: SegmentTrace, mode: str, size: int,
                    fixed: Mapping[str, Part] | None = None, *, segment: Segment | None = None,
-                   layouts: Mapping[str, Layout] | None = None, axis: str | None = None) -> MemberProgram:
+                   lies: Mapping[str, Part] | None = None, axis: str | None = None) -> MemberProgram:
     """The program of a member of a team of ``size`` for one of a graph's traces.
 
     Args:
         fixed: divisions of parameters that are settled by other segments which share them, by name in the trace.
         segment: the one whose boundary it is; None: the first with this trace.
-        layouts: of the graph's values; None: all segments run in this mode.
+        lies: how the graph's values lie; None: all segments run in this mode.
         axis: the name that its collectives have; None: the mode's own.
 
     Raises:
@@ -117,16 +67,15 @@ def member_program(graph: OperatorGraph, trace: SegmentTrace, mode: str, size: i
                          " model with grouped experts")
     streams, axis = Streams(graph), axis or AXES[mode]
     segment = segment or next(item for item in graph.segments if item.trace == trace.digest)
-    values = {value.name: value for value in graph.values}
-    lies = layouts or {name: boundary_layout(values[name], mode, streams, size)
-                       for name in (*segment.inputs, *segment.outputs)}
+    lies = lies or boundary_parts(graph, {item.name: mode for item in graph.segments}, streams, size)
     given = {name: part for name, part in (fixed or {}).items() if part != WHOLE}
-    if not set(trace.parameters) | set(trace.buffers) <= set(fixed or {}):
-        given = {name: part for name, part in {**mode_recipe(trace, mode, size), **(fixed or {})}.items()
-                 if part != WHOLE}
-    boundary = _boundary(trace, segment, values, lies, mode, streams, size)
-    boundary = refine(trace, replace(boundary, given={**boundary.given, **given}))
-    assignment = assign(trace, boundary)
+    boundary = segment_layouts(trace, segment, lies, mode, streams, size)
+    with naming(segment):
+        if not set(trace.parameters) | set(trace.buffers) <= set(fixed or {}):
+            given = {name: part for name, part in {**mode_recipe(trace, mode, boundary), **(fixed or {})}.items()
+                     if part != WHOLE}
+        boundary = refine(trace, replace(boundary, given={**boundary.given, **given}))
+        assignment = assign(trace, boundary)
     try:
         program = build_member(trace, boundary, axis, assignment)
     except GraphError:
@@ -139,27 +88,12 @@ def member_program(graph: OperatorGraph, trace: SegmentTrace, mode: str, size: i
                          tuple(_reasons(trace, boundary, assignment, mode)))
 
 
-def _boundary(trace: SegmentTrace, segment: Segment, values: Mapping[str, Value], lies: Mapping[str, Layout],
-              mode: str, streams: Streams, size: int) -> Layouts:
-    """The boundary of a segment in a mode, between values that lie so."""
-    given: dict[str, Part] = {}
-    wanted: dict[str, Part] = {}
-    for names, grads, used, ours, theirs in (
-            (trace.inputs, trace.input_grads, segment.inputs, given, wanted),
-            (trace.outputs, trace.output_grads, segment.outputs, wanted, given)):
-        for name, grad, value in zip(names, grads, used, strict=True):
-            part = layout_part(lies[value], values[value].spec, streams, size)
-            if part != WHOLE:
-                ours[name] = part
-                if grad is not None:
-                    theirs[grad] = part
-    scatters = mode in ("sequence", "context")
-    return Layouts(size, given, wanted, (lambda shape: streams.scatter(shape, size)) if scatters else no_scatter)
-
-
-def mode_recipe(trace: SegmentTrace, mode: str, size: int) -> dict[str, Part]:
-    """The division of parameters: that of ``tensor`` mode wherever the mode has it, at whole boundaries."""
-    plain = Layouts(size, {})
+def mode_recipe(trace: SegmentTrace, mode: str, boundary: Layouts) -> dict[str, Part]:
+    """The division of parameters: that of ``tensor`` mode wherever the mode has it, at a boundary that is whole but for
+    what is on its way to experts."""
+    given, wanted = ({name: part for name, part in parts.items() if part.routed}
+                     for parts in (boundary.given, boundary.wanted))
+    plain = Layouts(boundary.size, given, wanted, tokens=boundary.tokens)
     if mode in ("tensor", "sequence") or (mode == "context" and reads_vocabulary(trace)):
         return tensor_recipe(trace, plain)
     return expert_recipe(trace, plain) if mode == "expert" else {}
@@ -196,11 +130,9 @@ def _reasons(trace: SegmentTrace, layouts: Layouts, assignment: Assignment, mode
         yield "some operators look at all samples, so these are gathered"
 
 
-def profile(graph: OperatorGraph, trace: SegmentTrace, program: MemberProgram) -> ModeProfile:
-    """The profile of a member's program of one of the graph's traces."""
-    streams = Streams(graph)
+def profile(graph: OperatorGraph, trace: SegmentTrace, program: MemberProgram, lies: Mapping[str, Part]) -> ModeProfile:
+    """The profile of a member's program of one of the graph's traces, whose values lie so."""
     segment = next(item for item in graph.segments if item.trace == trace.digest)
-    values = {value.name: value for value in graph.values}
     grads = dict(zip(trace.parameters, trace.parameter_grads, strict=True))
     parts = []
     for name in (*trace.parameters, *trace.buffers):
@@ -210,7 +142,8 @@ def profile(graph: OperatorGraph, trace: SegmentTrace, program: MemberProgram) -
                      if part.kind is Kind.DIVIDED else ParameterPart(sum_gradient=summed))
 
     def layouts(names: Sequence[str]) -> tuple[Layout, ...]:
-        return tuple(boundary_layout(values[name], program.mode, streams, program.size) for name in names)
+        divided_so = Layout.BATCH if program.mode == "batch" else Layout.SEQUENCE
+        return tuple(Layout.REPLICATED if lies[name] == WHOLE else divided_so for name in names)
 
     return ModeProfile(trace.digest, program.mode, {program.axis: program.size}, layouts(segment.inputs),
                        layouts(segment.outputs), tuple(parts),
@@ -230,11 +163,12 @@ def with_modes(graph: OperatorGraph, modes: Sequence[str], teams: Sequence[int],
     for mode in modes:
         for size in teams:
             settled = settle_shared(graph, mode, size)
+            lies = boundary_parts(graph, {item.name: mode for item in graph.segments}, Streams(graph), size)
             for trace in graph.traces:
                 if not has_dynamic_rows(trace):
                     say(f"mode {mode} on {size} members: {len(found) + 1} programs")
-                    program = member_program(graph, trace, mode, size, settled.get(trace.digest))
-                    found.append(profile(graph, trace, program))
+                    program = member_program(graph, trace, mode, size, settled.get(trace.digest), lies=lies)
+                    found.append(profile(graph, trace, program, lies))
     return replace(graph, modes=GraphModes(tuple(found)))
 
 
@@ -251,12 +185,15 @@ def settle_shared(graph: OperatorGraph, mode: str, size: int) -> dict[str, dict[
             users.setdefault(fqn, {})[trace.digest, name] = None
     shared = {fqn: list(places) for fqn, places in users.items() if len({digest for digest, _ in places}) > 1}
     traces = {trace.digest: trace for trace in graph.traces}
+    streams, first = Streams(graph), {segment.trace: segment for segment in reversed(graph.segments)}
+    lies = boundary_parts(graph, {item.name: mode for item in graph.segments}, streams, size) if shared else {}
     recipes: dict[str, dict[str, Part]] = {}
     settled: dict[str, dict[str, Part]] = {}
     for places in shared.values():
         for digest, _ in places:
             if digest not in recipes and not has_dynamic_rows(traces[digest]):
-                recipes[digest] = mode_recipe(traces[digest], mode, size)
+                boundary = segment_layouts(traces[digest], first[digest], lies, mode, streams, size)
+                recipes[digest] = mode_recipe(traces[digest], mode, boundary)
         if len({recipes.get(digest, {}).get(name, WHOLE) for digest, name in places}) > 1:
             for digest, name in places:
                 settled.setdefault(digest, {})[name] = WHOLE

@@ -2,14 +2,15 @@
 
 A `Part` is *whole* (every member has all of it), *divided* along a dimension, *partial* (the tensor is the sum of what
 the members have), or *owned*: rows that belong to experts are right on the member that holds the expert, and anything
-elsewhere. (GSPMD, Xu et al. 2021, arXiv 2105.04663, has the first three.)
+elsewhere. (GSPMD, Xu et al. 2021, arXiv 2105.04663, has the first three.) *Routed* is what a member's part of the
+tokens is on its way through their experts on other devices: divided, in a number and an order of its own.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 
@@ -27,17 +28,19 @@ class Part:
     """What a member has of a tensor.
 
     Divided: along ``dim``, of which each of ``sections`` equal blocks is cut into T equal pieces. Owned: rows of
-    dimension 0, grouped by the offsets that the value ``offsets`` holds.
+    dimension 0, grouped by the offsets that the value ``offsets`` holds. Routed: divided, and cannot be had otherwise;
+    ``sections`` are those of the tokens that it is made of; with ``dim`` -1 its size is that of the whole.
     """
 
     kind: Kind
     dim: int = 0
     sections: int = 1
     offsets: str = ""
+    routed: bool = False
 
     def at(self, dim: int) -> Part:
         """The same division along another dimension."""
-        return Part(self.kind, dim, self.sections, self.offsets)
+        return replace(self, dim=dim)
 
 
 WHOLE = Part(Kind.WHOLE)
@@ -49,9 +52,15 @@ def divided(dim: int, sections: int = 1) -> Part:
     return Part(Kind.DIVIDED, dim, sections)
 
 
+def routed(tokens: Part, dim: int = 0) -> Part:
+    """What is made of tokens that are divided so where they are sent to their experts: rows, or (-1) how many of
+    them."""
+    return Part(Kind.DIVIDED, dim, tokens.sections, routed=True)
+
+
 def fits(shape: Sequence[int], part: Part, size: int) -> bool:
     """Whether a tensor of this shape can be divided so among ``size`` members."""
-    if part.kind is not Kind.DIVIDED:
+    if part.kind is not Kind.DIVIDED or part.dim < 0:
         return True
     return part.dim < len(shape) and shape[part.dim] > 0 and shape[part.dim] % (part.sections * size) == 0
 
@@ -70,6 +79,8 @@ def sent(source: Part, target: Part, num_bytes: int) -> float | None:
     """
     if source == target:
         return 0.0
+    if source.routed or target.routed:
+        return None
     if source.kind is Kind.WHOLE:
         return 0.0 if target.kind in (Kind.DIVIDED, Kind.OWNED) else None
     if source.kind is Kind.DIVIDED:
@@ -92,6 +103,6 @@ def reshaped(shape: Sequence[int], target: Sequence[int], part: Part, size: int)
             sections, left = divmod(outer, before)
             if left or length % sections or (length // sections) % size:
                 return None
-            return divided(dim, sections)
+            return replace(part, dim=dim, sections=sections)
         before *= length
     return None

@@ -15,8 +15,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from mipipe.graphs.operator_graph import DTYPE_BYTES, SegmentTrace
-from mipipe.graphs.sharding.assign import Assignment, Layouts, assign, refine, specs_of
+from mipipe.graphs.operators.expert_kernels import ROUTE
+from mipipe.graphs.sharding.assign import Assignment, Layouts, assign, specs_of
 from mipipe.graphs.sharding.parts import Part, divided, fits
+from mipipe.graphs.sharding.refine import refine
 
 _LEAST_INTENSITY = 0.25
 """Flops saved for each element sent, over the width of the activations, from which on dividing pays. The layouts above
@@ -98,7 +100,9 @@ class _Search:
 
 
 def expert_recipe(trace: SegmentTrace, layouts: Layouts) -> dict[str, Part]:
-    """Banks of experts [E,..] by expert."""
+    """Banks of experts [E,..] by expert; none where tokens travel to experts, which devices share already."""
+    if any(part.routed for part in layouts.given.values()) or any(op.kind == ROUTE for op in trace.operators):
+        return {}
     return {name: divided(0) for name in banks(trace) if fits(trace.specs[name].shape, divided(0), layouts.size)}
 
 

@@ -1,4 +1,4 @@
-"""Rules for tables, losses, indexing, convolutions, attention and grouped products."""
+"""Rules for tables, losses, indexing, convolutions and attention."""
 
 from __future__ import annotations
 
@@ -199,43 +199,6 @@ def by_samples(case: Case) -> Iterator[Choice | None]:
             yield case.choice(dict.fromkeys(case.op.inputs, part), *(part,) * len(case.op.outputs))
 
 
-def grouped_product(case: Case) -> Iterator[Choice | None]:
-    """``grouped_mm(x [N,K], bank [E,K,M], offsets)``: columns, the inner dimension, or by expert."""
-    x, bank, offsets = case.name(0), case.name(1), case.name(2)
-    assert x is not None and bank is not None and offsets is not None
-    share = 1.0 / case.size
-    for part in case.divisions(bank):
-        if part.dim == 2:
-            yield case.choice({x: WHOLE, bank: part, offsets: WHOLE}, part.at(1), share=share)
-        elif part.dim == 1:
-            yield case.choice({x: part, bank: part, offsets: WHOLE}, PARTIAL, share=share)
-        elif part.sections == 1:
-            owned = Part(Kind.OWNED, offsets=offsets)
-            given = case.parts[x] if case.parts[x] == owned else WHOLE
-            yield case.choice({x: given, bank: part, offsets: WHOLE}, owned, share=share, program="grouped_own")
-    for part in case.divisions(x):
-        if part.dim == 1:
-            yield case.choice({x: part, bank: part.at(1), offsets: WHOLE}, PARTIAL, share=share)
-
-
-def grouped_product_weight(case: Case) -> Iterator[Choice | None]:
-    """``grouped_mm_weight(x [N,K], grad [N,M], offsets) -> [E,K,M]``."""
-    x, grad, offsets = case.name(0), case.name(1), case.name(2)
-    assert x is not None and grad is not None and offsets is not None
-    share = 1.0 / case.size
-    for part in case.divisions(x):
-        if part.dim == 1:
-            yield case.choice({x: part, grad: WHOLE, offsets: WHOLE}, part.at(1), share=share)
-    for part in case.divisions(grad):
-        if part.dim == 1:
-            yield case.choice({x: WHOLE, grad: part, offsets: WHOLE}, part.at(2), share=share)
-    owned = Part(Kind.OWNED, offsets=offsets)
-    if owned in (case.parts[x], case.parts[grad]):
-        needs: dict[str | None, Part] = {name: case.parts[name] if case.parts[name] == owned else WHOLE
-                                         for name in (x, grad)}
-        yield case.choice({**needs, offsets: WHOLE}, divided(0), share=share, program="grouped_own_weight")
-
-
 MODEL: dict[str, Rule] = {
     "aten.embedding.default": embedding, "aten.embedding_dense_backward.default": embedding_backward,
     "aten.nll_loss_forward.default": nll_loss, "aten.nll_loss_backward.default": nll_loss_backward,
@@ -248,5 +211,4 @@ MODEL: dict[str, Rule] = {
         "avg_pool2d", "avg_pool2d_backward", "max_pool2d_with_indices", "max_pool2d_with_indices_backward",
         "_adaptive_avg_pool2d", "_adaptive_avg_pool2d_backward", "upsample_bicubic2d", "upsample_bilinear2d",
         "upsample_nearest2d", "reflection_pad2d")},
-    "mipipe.grouped_mm.default": grouped_product, "mipipe.grouped_mm_weight.default": grouped_product_weight,
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from mipipe.graphs.sharding.case import Case, Choice, positive
-from mipipe.graphs.sharding.parts import PARTIAL, WHOLE, Kind, divided, local_shape, reshaped
+from mipipe.graphs.sharding.parts import PARTIAL, WHOLE, Kind, Part, divided, local_shape, reshaped
 
 Rule = Callable[[Case], Iterator[Choice | None]]
 
@@ -29,7 +29,13 @@ def view(case: Case) -> Iterator[Choice | None]:
     if part.kind is Kind.DIVIDED:
         made = reshaped(case.shape(name), case.out, part, case.size)
         if made is not None:
-            yield case.choice({name: part}, made, args={1: list(local_shape(case.out, made, case.size))})
+            yield case.choice({name: part}, made, args={1: _sizes(case, made)})
+
+
+def _sizes(case: Case, made: Part) -> list[int]:
+    """A member's sizes in place of those at 1; -1 stays, where the number of rows is that of the argument."""
+    asked = case.value(1)
+    return asked if asked[made.dim] == -1 else list(local_shape(case.out, made, case.size))
 
 
 def _mapped(case: Case, target: Mapping[int, int], owned: bool = False) -> Iterator[Choice | None]:
@@ -84,7 +90,7 @@ def expand(case: Case) -> Iterator[Choice | None]:
     part, new = case.parts[name], len(case.out) - len(case.shape(name))
     if part.kind is Kind.DIVIDED and case.out[part.dim + new] == case.shape(name)[part.dim]:
         made = part.at(part.dim + new)
-        yield case.choice({name: part}, made, args={1: list(local_shape(case.out, made, case.size))})
+        yield case.choice({name: part}, made, args={1: _sizes(case, made)})
     if part.kind is Kind.OWNED and not new and case.out[0] == case.shape(name)[0]:
         yield case.choice({name: part}, part)
 

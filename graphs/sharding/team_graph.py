@@ -13,18 +13,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from mipipe.graphs.errors import GraphError
-from mipipe.graphs.modes import Layout
 from mipipe.graphs.operator_graph import Operator, OperatorGraph, ParameterSpec, Phase, Segment, SegmentTrace, Value
 from mipipe.graphs.serialize import digest
+from mipipe.graphs.sharding.boundaries import Streams, boundary_parts, naming, segment_layouts
 from mipipe.graphs.sharding.member import has_dynamic_rows
-from mipipe.graphs.sharding.modes import (
-    MemberProgram,
-    Streams,
-    boundary_layout,
-    layout_part,
-    member_program,
-    mode_recipe,
-)
+from mipipe.graphs.sharding.modes import MemberProgram, member_program, mode_recipe
 from mipipe.graphs.sharding.parts import PARTIAL, WHOLE, Kind, Part, local_shape
 
 
@@ -75,15 +68,9 @@ class _Division:
         self.values = {value.name: value for value in self.graph.values}
         self.traces = {trace.digest: trace for trace in self.graph.traces}
         self.canonical = {item.fqn: item.tied_to or item.fqn for item in self.graph.parameters}
-        self.layouts = {value.name: self._layout(value.name) for value in self.graph.values}
+        self.lies = boundary_parts(self.graph, modes, self.streams, size)
         self._programs: dict[object, MemberProgram] = {}
-        self._recipes: dict[tuple[str, str], Mapping[str, Part]] = {}
-
-    def _layout(self, name: str) -> Layout:
-        value = self.values[name]
-        if value.source is None or name in self.graph.outputs:
-            return Layout.REPLICATED
-        return boundary_layout(value, self.modes[value.source], self.streams, self.size)
+        self._recipes: dict[object, Mapping[str, Part]] = {}
 
     def made(self) -> MemberGraph:
         """The graph with its divisions."""
@@ -121,9 +108,12 @@ class _Division:
                 yield grad, ours, fqn
 
     def _recipe(self, segment: Segment) -> Mapping[str, Part]:
-        key = segment.trace, self.modes[segment.name]
+        trace, mode = self.traces[segment.trace], self.modes[segment.name]
+        boundary = segment_layouts(trace, segment, self.lies, mode, self.streams, self.size)
+        key = segment.trace, mode, tuple(item for item in boundary.given.items() if item[1].routed)
         if key not in self._recipes:
-            self._recipes[key] = mode_recipe(self.traces[segment.trace], key[1], self.size)
+            with naming(segment):
+                self._recipes[key] = mode_recipe(trace, mode, boundary)
         return self._recipes[key]
 
     def _state(self) -> dict[str, Part]:
@@ -141,16 +131,16 @@ class _Division:
         trace = self.traces[segment.trace]
         fixed = {name: state.get(self.canonical[fqn], WHOLE) for name, fqn in zip(
             (*trace.parameters, *trace.buffers), (*segment.parameters, *segment.buffers), strict=True)}
-        layouts = tuple(self.layouts[value] for value in (*segment.inputs, *segment.outputs))
-        key = segment.trace, self.modes[segment.name], layouts, tuple(fixed.items())
+        lies = tuple(self.lies[value] for value in (*segment.inputs, *segment.outputs))
+        key = segment.trace, self.modes[segment.name], lies, tuple(fixed.items())
         if key not in self._programs:
             self._programs[key] = member_program(self.graph, trace, self.modes[segment.name], self.size, fixed,
-                                                 segment=segment, layouts=self.layouts, axis=self.axis)
+                                                 segment=segment, lies=self.lies, axis=self.axis)
         return self._programs[key]
 
     def _local_value(self, value: Value) -> Value:
-        part = layout_part(self.layouts[value.name], value.spec, self.streams, self.size)
-        return replace(value, spec=replace(value.spec, shape=local_shape(value.spec.shape, part, self.size)))
+        shape = local_shape(value.spec.shape, self.lies[value.name], self.size)
+        return replace(value, spec=replace(value.spec, shape=shape))
 
     def _local(self, item: ParameterSpec, state: Mapping[str, Part]) -> ParameterSpec:
         part = state.get(self.canonical[item.fqn], WHOLE)

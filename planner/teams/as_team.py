@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mipipe.graphs.costs.trace_facts import heads_of
+from mipipe.graphs.exchange import exchanges
 from mipipe.graphs.operator_graph import OperatorGraph, Role
 from mipipe.planner.plan import Plan
 from mipipe.planner.team import Team, TeamMode
@@ -20,13 +21,14 @@ def branches_of(graph: OperatorGraph) -> list[str]:
 def team_of(model: ModelPieces, degrees: Degrees, kind: str, recompute: Sequence[Recompute] = ()) -> Team:
     """The team of a model's plan on devices of a kind.
 
-    ``recompute``: of every piece; empty: the degrees' for all layers.
+    Experts to which tokens travel follow `Team.expert` alone; else those of a team with a tensor axis are divided along
+    it. ``recompute``: of every piece; empty: the degrees' for all layers.
     """
     graph = model.graph
     axes = {name: size for name, size in (("context", degrees.context), ("tensor", degrees.tensor)) if size > 1}
     modes = [TeamMode("tensor", "sequence")] if degrees.sequence and degrees.tensor > 1 else []
     experts = tuple(segment.name for segment in graph.segments if segment.tags.role is Role.EXPERTS)
-    if degrees.expert > 1 and degrees.tensor > 1 and experts:
+    if degrees.expert > 1 and degrees.tensor > 1 and experts and not exchanges(graph):
         modes.append(TeamMode("tensor", "expert", experts))
     ways = recompute or [degrees.recompute if piece.layer is not None else "none" for piece in model.pieces]
     again = tuple(tuple(graph.segments[member].name for member in piece.members)

@@ -54,7 +54,7 @@ def put_together(engine: Engine, names: Iterable[str]) -> Iterator[tuple[StoredP
 def _first_slots(engine: Engine) -> dict[str, list[tuple[int, int]]]:
     """Of banks the slots here, with their experts, that no process before this one has of these."""
     exchange = engine.compiled.experts
-    if exchange is None or engine.mesh.copy >= exchange.size:
+    if exchange is None or engine.mesh.seat >= exchange.size:
         return {}
     return {bank: [(slot, int(exchange.tables[number].experts[exchange.rank, slot]))
                    for slot in exchange.tables[number].first_of(exchange.rank)]

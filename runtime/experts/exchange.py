@@ -1,8 +1,9 @@
 """Expert parallelism: the experts of a MoE layer live on several ranks, and tokens travel to them and back.
 
-The ranks of a group are one plan rank in neighbouring data-parallel copies of the plan, all of them or runs of so many
-(`mipipe.runtime.experts.layers.expert_degree`); groups hold their experts by one map. All copies run the same program,
-so their all-to-alls meet in one order, whatever the plan; a collective operator is part of its segment's trace
+The ranks of a group are neighbouring devices of one plan rank, the members of its team in data-parallel copies of the
+plan, all of them or runs of so many (`mipipe.runtime.experts.layers.expert_degree`); each sends its own part of the
+tokens, and groups hold their experts by one map. All of them run the same program, so their all-to-alls meet in one
+order, whatever the plan; a collective operator is part of its segment's trace
 (`mipipe.graphs.operators.expert_kernels`), and this module gives the implementation that talks to other ranks. An
 `ExpertMap` says which experts each rank holds: uneven and replicated ones too. The j-th row of an expert with c
 replicas on source rank r goes to replica (j + r) mod c, so splits are even and the same in every rerun. Nothing is
@@ -192,8 +193,8 @@ def contiguous_map(layers: Sequence[ExpertLayer], size: int, model: str = "") ->
     """
     count = layers[0].num_experts
     if count % size:
-        raise InputError(f"{count} experts do not divide over {size} copies of the plan; give a map (mipipe experts"
-                         " --replicas ...), or start another number of copies")
+        raise InputError(f"{count} experts do not divide over the {size} devices that share them; give a map (mipipe"
+                         " experts --replicas ...), or start another number of copies")
     return ExpertMap(count, size, tuple(tuple(range(count)) for _ in layers), model)
 
 
@@ -203,7 +204,7 @@ def check_map(expert_map: ExpertMap, layers: Sequence[ExpertLayer], size: int) -
     expected = len(layers), layers[0].num_experts, size
     if found != expected:
         texts = [f"{a} layers of {b} experts on {c} devices" for a, b, c in (found, expected)]
-        raise InputError(f"expert map: has {texts[0]}, but this run has {texts[1]} (the copies that share experts);"
+        raise InputError(f"expert map: has {texts[0]}, but this run has {texts[1]} (those that share experts);"
                          " make a map for this model and these devices (mipipe experts)")
     uneven = [layer.name for layer in layers if layer.num_experts != expert_map.num_experts]
     if uneven:

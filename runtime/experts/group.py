@@ -21,11 +21,11 @@ Counters = dict[str, tuple[str, torch.Tensor]]
 
 def make_exchange(plan: Plan, graph: OperatorGraph, stage_of: Mapping[str, int], mesh: Mesh,
                   options: EngineOptions, waits: Waits) -> Exchange | None:
-    """The group of neighbouring copies that shares this rank's experts; None where each has all of them, or the graph
+    """The group of neighbouring devices that shares this rank's experts; None where each has all of them, or the graph
     was captured otherwise. ``waits``: what this rank waits for.
 
     Raises:
-        InputError: an expert map where there is nothing to map, or for another model or number of copies.
+        InputError: an expert map where there is nothing to map, or for another model or number of devices.
         PlanError: the plan separates what must stay together.
     """
     layers = expert_layers(graph)
@@ -42,7 +42,7 @@ def make_exchange(plan: Plan, graph: OperatorGraph, stage_of: Mapping[str, int],
     local = [number for number, layer in enumerate(layers)
              if mesh.rank in plan.placement.stages[stage_of[layer.segments[0]]].ranks]
     expert_map = options.expert_map or contiguous_map(layers, mesh.sharing, graph.model)
-    return Exchange(layers, local, expert_map, mesh.exchange_group, mesh.copy % mesh.sharing, mesh.sharing, mesh.device,
+    return Exchange(layers, local, expert_map, mesh.exchange_group, mesh.seat % mesh.sharing, mesh.sharing, mesh.device,
                     waits, options.load_factor)
 
 

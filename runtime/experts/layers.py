@@ -69,19 +69,26 @@ def sharers(graph: OperatorGraph) -> int:
 
 
 def expert_degree(team: Team | None, graph: OperatorGraph, copies: int) -> int:
-    """How many neighbouring copies of a plan, of ``copies``, share the experts of a graph; 1: each has all of them.
+    """How many neighbouring devices of a plan rank, members of ``copies`` of it, share the experts of a graph; 1: each
+    has all of them.
 
     A plan of teams says it (`Team.expert`), whatever number the graph was captured with: its operators are the same for
     all. A plan of single devices follows its graph (`sharers`).
 
     Raises:
-        InputError: the copies are no groups of so many.
+        InputError: the devices are no groups of so many.
     """
     if not expert_layers(graph):
         return 1
     degree = team.expert if team is not None else sharers(graph)
     degree = copies if team is None and degree < 2 else degree
-    if copies % degree:
+    if team is not None and team.members > 1:
+        devices = team.members * copies
+        if devices % degree:
+            raise InputError(f"expert parallelism: experts were planned to be shared by {degree} devices of a rank, but"
+                             f" the run has {devices}, {copies} copies of {team.text()}; start it with as many copies"
+                             f" as make a multiple of {degree}, or plan with --degrees expert={devices}")
+    elif copies % degree:
         by = "planned" if team is not None else "captured"
         change = f"plan with --degrees expert={copies}" if team is not None else \
             f"capture with --expert-parallel {copies}"

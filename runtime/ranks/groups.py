@@ -61,7 +61,8 @@ def group_specs(program: Program, shared: Iterable[Shared], places: Places, shar
                 team: Team = ALONE, across: bool = False) -> list[GroupSpec]:
     """All groups of all copies in the one order in which every process makes and opens its own.
 
-    ``sharing``: copies that share experts. ``apart``: control traffic has another backend than tensors.
+    ``sharing``: devices of a plan rank, in the order of copies and members, that share experts. ``apart``: control
+    traffic has another backend than tensors.
     """
     num_ranks, members = len(program.ranks), range(team.members)
     copies = range(len(places) // (num_ranks * team.members))
@@ -85,13 +86,15 @@ def group_specs(program: Program, shared: Iterable[Shared], places: Places, shar
             places[copy, rank, member] for copy in together for rank in ranks for member in line))
             for together in ([(copy,) for copy in copies] if alone else [tuple(copies)]) for line in lines(team, axes)]
     uses = [(Use.COPY, [copies]), *([(Use.COPY_CONTROL, [copies])] if apart else [])]
-    if sharing > 1:
-        uses.append((Use.EXCHANGE, [copies[first:first + sharing] for first in copies[::sharing]]))
-    if 1 < sharing < len(copies):
-        uses.append((Use.EXPERT_COPIES, [copies[place::sharing] for place in range(sharing)]))
-    for rank in range(num_ranks if len(copies) > 1 else 0):
+    for rank in range(num_ranks):
         specs += [GroupSpec(use, (rank,), tuple(places[copy, rank, member] for copy in together))
-                  for member in members for use, parts in uses for together in parts]
+                  for member in members for use, parts in uses for together in parts if len(copies) > 1]
+        seats = [places[copy, rank, member] for copy in copies for member in members]
+        if sharing > 1:
+            specs += [GroupSpec(Use.EXCHANGE, (rank,), tuple(seats[first:first + sharing]))
+                      for first in range(0, len(seats), sharing)]
+        if 1 < sharing < len(seats):
+            specs += [GroupSpec(Use.EXPERT_COPIES, (rank,), tuple(seats[place::sharing])) for place in range(sharing)]
     return specs
 
 

@@ -40,13 +40,13 @@ from mipipe.runtime.ranks.processes import gather
 class Mesh:
     """This process's place and its groups. All ranks here are the plan's; ``places`` maps them to global ranks.
 
-    ``copy`` counts the data-parallel copies of the plan, of which ``sharing`` neighbours share experts, ``member`` the
-    members of this rank's team (``team``).
+    ``copy`` counts the data-parallel copies of the plan, ``member`` the members of this rank's team (``team``), and
+    ``seat`` the devices of this plan rank, members of all copies, of which ``sharing`` neighbours share experts.
     ``channels[(source, target)]`` hold the groups of this copy and member, ``reductions[ranks, axes, apart]`` those
     plan ranks with the members along those axes, in all copies or (``apart``) in this one; ``axes`` the members along
     each axis of the team; ``plan_group`` all of this copy, ``all_group`` all of every copy, ``copy_group`` this member
-    in every copy. ``exchange_group`` are the neighbouring copies that share this member's experts, all or a part of
-    them, apart for what these exchange beside the gradients' sums; ``expert_copies_group`` those, one of each such
+    in every copy. ``exchange_group`` are the neighbouring devices of this plan rank that share experts, all or a part
+    of them, apart for what these exchange beside the gradients' sums; ``expert_copies_group`` those, one of each such
     part, that hold the same experts. ``copy_control`` is ``copy_group`` for CPU tensors.
     """
 
@@ -95,7 +95,12 @@ class Mesh:
     @property
     def place(self) -> dict[str, int]:
         """Where this process is along every axis of its team, and which copy it is of, also of the same experts."""
-        return {**self.team.coordinates(self.member), COPIES: self.copy, EXPERT_COPIES: self.copy // self.sharing}
+        return {**self.team.coordinates(self.member), COPIES: self.copy, EXPERT_COPIES: self.seat // self.sharing}
+
+    @property
+    def seat(self) -> int:
+        """The number of this device among those of its plan rank in all copies, neighbours first."""
+        return self.copy * self.team.members + self.member
 
     def reduction(self, ranks: Iterable[int], axes: tuple[str, ...] = (), apart: bool = False) -> Any:
         """The group that sums what a set of ranks holds, over the members along some axes and (not ``apart``) all
@@ -112,8 +117,8 @@ def build_mesh(program: Program, shared: Iterable[Shared] = (), *, team: Team = 
     """The mesh of this process for ``program``, inside the initialised default process group.
 
     ``shared`` lists further sets of plan ranks and axes that reduce together (tied parameters, partial sums);
-    ``sharing``: so many neighbouring copies share experts; ``across``: all share parameters. The world may hold several
-    copies of the plan, in the order of `places_of`, after ordering processes by host and local rank.
+    ``sharing``: so many neighbouring devices of a rank share experts; ``across``: all share parameters. The world may
+    hold several copies of the plan, in the order of `places_of`, after ordering processes by host and local rank.
 
     Raises:
         RunError: the world is not a multiple of the plan's devices, the default group cannot carry CPU tensors, or a

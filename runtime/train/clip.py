@@ -122,8 +122,8 @@ def own_square(engine: Engine) -> torch.Tensor:
     parts = [norm.double() for norm in torch._foreach_norm(owned)] if owned else []
     total = torch.stack(parts).square().sum() if parts else \
         torch.zeros((), dtype=torch.float64, device=engine.mesh.device)
-    if engine.compiled.experts is not None:  # all of a group's, as each copy is summed up, or all together are
-        size, across = engine.compiled.experts.size, engine.compiled.across
-        experts = expert_squares(engine.compiled.experts, engine.weights, not across or engine.mesh.copy < size)
-        total = total if across and engine.mesh.copy % size else total + experts
+    if engine.compiled.experts is not None:  # all of a group's: once in a copy where each is summed up, else once
+        size, across, seat = engine.compiled.experts.size, engine.compiled.across, engine.mesh.seat
+        experts = expert_squares(engine.compiled.experts, engine.weights, not across or seat < size)
+        total = total if (seat % size if across else engine.mesh.member) else total + experts
     return total

@@ -132,8 +132,8 @@ class SaveConfig:
 class ReplanConfig:
     """Experts are placed again every so many steps, by the loads of the last window, where that pays off.
 
-    ``replicas`` per layer. ``cluster``: a cluster file with one device for each copy of the plan (none: equal devices,
-    and moving is free); ``horizon``: the steps over which a move must pay off (none: until the next time).
+    ``replicas`` per layer. ``cluster``: a cluster file with one device for each that shares experts (none: equal
+    devices, and moving is free); ``horizon``: the steps over which a move must pay off (none: until the next time).
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -169,10 +169,10 @@ class ExpertsConfig:
 
     ``loads``: the file `mipipe experts --loads` takes, tokens per step and expert averaged over the last ``window``
     steps, written every ``window`` steps and at the end. ``history``: the counts of every step, one JSON line each. For
-    graphs captured with ``--expert-parallel`` and several copies of the plan: ``map`` places the experts on the copies
-    that share them (none: equal blocks), ``moves`` are maps to change to after so many steps, ``replan`` makes them on
-    the way, and ``load_factor`` caps the rows a copy accepts in one layer and microbatch, as a multiple of an even
-    share. ``elastic`` draws some tokens' experts from a larger pool.
+    graphs captured with ``--expert-parallel`` whose experts several devices of a rank share, copies or members of its
+    team: ``map`` places the experts on them (none: equal blocks), ``moves`` are maps to change to after so many steps,
+    ``replan`` makes them on the way, and ``load_factor`` caps the rows a device accepts in one layer and microbatch, as
+    a multiple of an even share. ``elastic`` draws some tokens' experts from a larger pool.
     """
 
     __pydantic_config__: ClassVar = STRICT

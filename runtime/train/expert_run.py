@@ -31,10 +31,10 @@ from mipipe.runtime.train.optim import local_optimizer
 
 def read_maps(config: TrainConfig, graph: OperatorGraph, sharing: int) -> dict[int, ExpertMap]:
     """The expert maps of a run by the step after which each is used (0: from the start), read and found to fit the
-    ``sharing`` copies of the plan that share experts; each such group follows them.
+    ``sharing`` devices of a rank that share experts; each such group follows them.
 
     Raises:
-        InputError: a file is no map, or is for another model or number of copies, or the run cannot follow it.
+        InputError: a file is no map, or is for another model or number of devices, or the run cannot follow it.
     """
     settings = config.experts
     files = {} if settings is None else {**({0: settings.map} if settings.map else {}), **settings.moves}
@@ -71,8 +71,8 @@ class ExpertRun:
         if len(sizes) > 1:
             raise InputError(f"train config: experts.loads needs equally many experts in all layers; found {sizes}")
         if config.replan is not None and engine.compiled.experts is None:
-            raise InputError("train config: experts.replan moves experts between copies of the plan, but this run"
-                             " shares none; capture with --expert-parallel and start several copies")
+            raise InputError("train config: experts.replan moves experts between devices that share them, but this"
+                             " run has none; capture with --expert-parallel, and start several copies or plan teams")
         if config.replan is not None and engine.compiled.experts is not None:
             replan_sizes(config.replan, self._layers[0].num_experts, engine.compiled.experts.size)
         if config.history and self._first:
@@ -148,10 +148,10 @@ class ExpertRun:
         return total // torch.tensor(self._repeats)[:, None]
 
     def loads(self) -> ExpertLoads:
-        """Tokens per step and expert, the mean of the last window, as `mipipe experts` takes them: of a group of copies
-        that shares experts, where there are several the mean over them."""
-        exchange = self._engine.compiled.experts
-        groups = 1 if exchange is None else self._engine.mesh.num_copies // exchange.size
+        """Tokens per step and expert, the mean of the last window, as `mipipe experts` takes them: of a group of
+        devices that shares experts, where there are several the mean over them."""
+        exchange, mesh = self._engine.compiled.experts, self._engine.mesh
+        groups = 1 if exchange is None else mesh.num_copies * mesh.team.members // exchange.size
         mean = torch.stack(list(self._window)).double().mean(dim=0) / groups
         layer: RoutedLayer = self._layers[0]
         return ExpertLoads(tuple(tuple(row) for row in mean.tolist()), self._engine.graph.model,
@@ -189,7 +189,7 @@ def replan_map(loads: ExpertLoads, current: ExpertMap, replan: ReplanConfig) -> 
 
 
 def replan_sizes(replan: ReplanConfig, num_experts: int, sharing: int) -> tuple[Topology, int]:
-    """The devices to plan for, one for each of ``sharing`` copies that share experts, and the slots of each.
+    """The devices to plan for, one for each of ``sharing`` that share experts, and the slots of each.
 
     Raises:
         InputError: the cluster has another number of devices.
@@ -197,7 +197,7 @@ def replan_sizes(replan: ReplanConfig, num_experts: int, sharing: int) -> tuple[
     """
     topology = Topology.uniform(sharing) if replan.cluster is None else load_cluster(replan.cluster).topology
     if topology.num_devices != sharing:
-        raise InputError(f"{replan.cluster}: has {topology.num_devices} devices, but {sharing} copies of the plan share"
+        raise InputError(f"{replan.cluster}: has {topology.num_devices} devices, but {sharing} devices of the run share"
                          " the experts; expected one device for each")
     return topology, slots_for(num_experts, replan.replicas, sharing)
 

@@ -47,11 +47,12 @@ def make_optimizer(name: str, engine: Engine, options: Mapping[str, Any], shard:
         _tell_shards(engine)
     if not parameters:
         return None
-    if shard and engine.compiled.banks and not engine.compiled.across:
+    shard = shard and engine.mesh.copy_group is not None and not engine.compiled.across
+    if shard and engine.compiled.banks:
         raise whole_beside_experts(name)
     options = with_fused(kind, options, engine.mesh.device)
     try:
-        if shard and engine.mesh.copy_group is not None and not engine.compiled.across:
+        if shard:
             from torch.distributed.optim import ZeroRedundancyOptimizer  # takes more than a second to import
             return ZeroRedundancyOptimizer(parameters, kind, engine.mesh.copy_group, **options)
         return kind(parameters, **options)

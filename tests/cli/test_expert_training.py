@@ -47,7 +47,8 @@ def test_a_run_counts_and_the_next_follows_the_map(mipipe, tmp_path: Path) -> No
 @pytest.mark.distributed
 def test_experts_over_the_copies_of_a_plan_of_degrees(mipipe, tmp_path: Path) -> None:
     """Planned by degrees, what runs is told, and run: two ranks of two copies that share the experts and all other
-    optimizer state have the losses of two copies of a plan of one device, which share the experts."""
+    optimizer state, and two copies of two members that divide the sequence and share the experts with them, have the
+    losses of two copies of a plan of one device, which share the experts."""
     def ended(*arguments: object) -> str:
         found = mipipe(*arguments)
         assert found.code == 0, f"{arguments[0]}: {found.stderr}"
@@ -62,15 +63,17 @@ def test_experts_over_the_copies_of_a_plan_of_degrees(mipipe, tmp_path: Path) ->
     told = ended("plan", shared, "--devices", 4, *degrees, "ranks=2,copies=2,expert=2", "-o", tmp_path / "plan2.json")
     assert "`mipipe train` runs this plan" in told and "runs this plan, but" not in told
     ended("plan", shared, "--devices", 2, *degrees, "copies=2,expert=2,zero=0", "-o", tmp_path / "plan1.json")
+    told = ended("plan", shared, "--devices", 4, *degrees, "sequence=2,copies=2,expert=4",
+                 "-o", tmp_path / "plan3.json")
+    assert "`mipipe train` runs this plan" in told and "runs this plan, but" not in told
     told = ended("plan", shared, "--devices", 4, *degrees, "tensor=2,copies=2")
-    assert "captured with --expert-parallel 2, whose experts copies of single devices share" in told
-    assert "and `mipipe train` refuses this plan; --degrees tensor=1,context=1 runs" in told
+    assert "this plan, but members of a team do not divide the state of the experts that each of them has" in told
     told = ended("plan", shared, "--devices", 4, *degrees, "copies=4,expert=2,zero=2")
-    assert "this plan, but copies that hold the same experts divide the optimizer's state of these alone, so" in told
+    assert "this plan, but devices that hold the same experts divide the optimizer's state of these alone, so" in told
     told = ended("plan", whole, "--devices", 2, *degrees, "copies=2,expert=2")
-    assert "or over copies of single devices (capture with --expert-parallel 2), and refuses this plan" in told
+    assert "runs experts whole or over the tensor axis, and refuses this plan; one captured with" in told
     losses = []
-    for ranks in (1, 2):
+    for ranks in (1, 2, 3):
         metrics = tmp_path / f"{ranks}.jsonl"
         config = {"steps": 3, "optimizer": {"name": "adamw", "lr": 1e-3}, "clip": 0.5, "data": {"source": "stdlib"},
                   "metrics": str(metrics)}
@@ -78,4 +81,5 @@ def test_experts_over_the_copies_of_a_plan_of_degrees(mipipe, tmp_path: Path) ->
         ended("train", "--plan", tmp_path / f"plan{ranks}.json", "--graph", shared, "--config", tmp_path / "train.yaml",
               "--device", "cpu", "--timeout", 300)
         losses.append([json.loads(line)["loss_metrics/global_avg_loss"] for line in metrics.read_text().splitlines()])
-    assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert len(losses[0]) == 3
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] == pytest.approx(losses[0], rel=1e-5)

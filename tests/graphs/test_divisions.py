@@ -11,9 +11,10 @@ from local_team import largest_error
 
 from mipipe.graphs.operator_graph import TensorSpec
 from mipipe.graphs.operators import kernels  # noqa: F401  (registers mipipe's operators)
-from mipipe.graphs.sharding.assign import Layouts, assign, refine
+from mipipe.graphs.sharding.assign import Layouts, assign
 from mipipe.graphs.sharding.member import build_member
 from mipipe.graphs.sharding.parts import divided, fits
+from mipipe.graphs.sharding.refine import refine
 from mipipe.graphs.tracing.partition import trace_segment
 
 ops = torch.ops.mipipe

@@ -28,14 +28,23 @@ from mipipe.runtime.train.clip import gradient_norm
 EXPERTS, LAYERS, VOCAB, COUNT = 8, 2, 64, 2
 
 
-def skewed_moe(dtype: torch.dtype = torch.float64) -> nn.Module:
+BALANCE = 0.3
+"""The coefficient of the load-balancing loss where there is one."""
+
+
+def balanced_losses(output: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The sum of next-token losses over valid labels, and as often of the load-balancing loss over all tokens."""
+    return models.token_losses(output, inputs) + BALANCE * output.aux_loss * (inputs["labels"][:, 1:] != -100).sum()
+
+
+def skewed_moe(dtype: torch.dtype = torch.float64, balanced: bool = False) -> nn.Module:
     """transformers' Qwen3-MoE, 2 layers of 8 experts, 2 active. Embeddings have one large entry that the routers weigh:
-    experts 0 and 1 are chosen most, 5 hardly ever, 6 and 7 never."""
+    experts 0 and 1 are chosen most, 5 hardly ever, 6 and 7 never. ``balanced``: with its load-balancing loss."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
     config = Qwen3MoeConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=32, moe_intermediate_size=8,
                             num_hidden_layers=LAYERS, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
                             num_experts=EXPERTS, num_experts_per_tok=2, max_position_embeddings=64, use_cache=False,
-                            tie_word_embeddings=False)
+                            tie_word_embeddings=False, output_router_logits=balanced)
     torch.manual_seed(17)
     module = Qwen3MoeForCausalLM(config).to(dtype)
     with torch.no_grad():
@@ -47,16 +56,18 @@ def skewed_moe(dtype: torch.dtype = torch.float64) -> nn.Module:
 
 
 @functools.cache
-def captured(parallel: bool = True, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, OperatorGraph]:
+def captured(parallel: bool = True, dtype: torch.dtype = torch.float64,
+             balanced: bool = False) -> tuple[nn.Module, OperatorGraph]:
     """The model and its graph, for expert parallelism or whole."""
     register()
-    module = skewed_moe(dtype)
+    module = skewed_moe(dtype, balanced)
     if parallel:
         for part in module.modules():
             if getattr(part, "config", None) is not None:
                 part.config._experts_implementation = NAME
         exchange_experts(module)
-    graph = capture_module(module, models.token_batch(equal.ROWS, equal.LENGTH, VOCAB), loss=models.token_losses,
+    graph = capture_module(module, models.token_batch(equal.ROWS, equal.LENGTH, VOCAB),
+                           loss=balanced_losses if balanced else models.token_losses,
                            loss_info=sum_over("labels", shift=True))
     return module, graph
 
@@ -135,14 +146,15 @@ def run_steps(plan: Plan, graph: OperatorGraph, state: Any, maps: list[ExpertMap
             "exchanges": bool(plan.schedule.ranks[engine.mesh.rank].collective)}
 
 
-def alone(steps: int, copies: int, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+def alone(steps: int, copies: int, dtype: torch.dtype = torch.float64, balanced: bool = False) -> dict[str, Any]:
     """The same in one process with the model's own forward, torch's autograd and Adam."""
-    module = skewed_moe(dtype)
+    module = skewed_moe(dtype, balanced)
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-2, foreach=False)
     losses, norms = [], []
     for step in range(steps):
         pieces = [piece for copy in range(copies) for piece in models.chunked(batch_of(step, copy, copies), COUNT)]
-        loss, gradients = models.eager(module, pieces, equal.valid_labels(True, pieces), models.token_losses)
+        loss, gradients = models.eager(module, pieces, equal.valid_labels(True, pieces),
+                                       balanced_losses if balanced else models.token_losses)
         losses.append(loss)
         norms.append(float(sum(item.square().sum() for item in gradients.values())) ** 0.5)
         if step < steps - 1:

@@ -73,6 +73,24 @@ def test_every_process_makes_the_same_groups(ranks, copies, apart, data):
         assert sum(spec.use is use for spec in specs) == ranks * groups
 
 
+@given(axes=st.sampled_from(({"tensor": 2}, {"context": 2, "tensor": 3})), copies=st.integers(1, 4), data=st.data())
+def test_devices_that_share_experts_are_neighbours_of_one_rank(axes, copies, data):
+    """Whatever divides the members of all copies, also groups that are parts of teams or go across them: every device
+    is in one group of each kind, members before copies."""
+    team = Team(axes)
+    sharing = data.draw(st.sampled_from([size for size in range(1, copies * team.members + 1)
+                                         if copies * team.members % size == 0]))
+    places = places_of(range(2 * copies * team.members), 2, copies, team)
+    specs = group_specs(PROGRAMS[2], [], places, sharing, False, team)
+    for rank in (0, 1):
+        seats = [places[copy, rank, member] for copy in range(copies) for member in range(team.members)]
+        assert seats == sorted(seats)
+        for use, wanted in ((Use.EXCHANGE, [seats[place:place + sharing] for place in range(0, len(seats), sharing)]),
+                            (Use.EXPERT_COPIES, [seats[place::sharing] for place in range(sharing)])):
+            found = [list(spec.members) for spec in specs if spec.use is use and spec.key == (rank,)]
+            assert found == ([] if sharing == 1 or len(wanted[0]) == 1 else wanted)
+
+
 CONTEXT_BYTES = 2 * 10**9
 """The driver's context with all kernels loaded, and the workspaces of libraries: an upper bound, not measured here."""
 BLOCK_BYTES = (4 << 20) + (512 << 10) + 640 * 120 * 8 * 8

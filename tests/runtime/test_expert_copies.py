@@ -1,9 +1,11 @@
-"""Plans of teams whose experts are over the copies: all-to-alls between copies, which divide all other state."""
+"""Plans of teams whose experts are over devices of a rank: all-to-alls between copies, which divide all other state,
+and between members of a team."""
 
 from __future__ import annotations
 
 import functools
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -17,18 +19,21 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import digest
 from mipipe.graphs.tracing.dynamic_rows import DIRECT
 from mipipe.planner.execution.lower import lower
-from mipipe.planner.team import Team
+from mipipe.planner.team import Team, TeamMode
 from mipipe.planner.teams.evaluate import evaluate_teams
 from mipipe.planner.teams.prices.degrees import Degrees
 from mipipe.planner.teams.prices.pieces import model_pieces
 from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.runtime.checkpoints.checkpoint_run import Start
+from mipipe.runtime.checkpoints.own_pieces import divided_names, divided_shapes
 from mipipe.runtime.checkpoints.save import Target, save_weights
-from mipipe.runtime.engine.compiling.team import member_pieces
+from mipipe.runtime.engine.compiling.team import member_graph, member_pieces
 from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.experts.layers import expert_layers
 from mipipe.runtime.ranks.options import EngineOptions
+from mipipe.runtime.ranks.processes import gather
 from mipipe.runtime.train.clip import gradient_norm
-from mipipe.runtime.train.config import CheckpointConfig, OptimizerConfig, TrainConfig
+from mipipe.runtime.train.config import CheckpointConfig, ElasticExperts, ExpertsConfig, OptimizerConfig, TrainConfig
 from mipipe.runtime.train.data import Batches
 from mipipe.runtime.train.launching.elastic import Supervisor
 from mipipe.runtime.train.launching.prepare import PreparedRun, check_copies, check_team, zero_of
@@ -47,17 +52,17 @@ def plan_of(graph, degrees, turns=None):
     return replace(plan, problem=plan.problem.replace(graph_digest=digest(graph)))
 
 
-def steps_of(plan, graph, state, zero, moves):
+def steps_of(plan, graph, state, zero, moves, steps=STEPS):
     """What a process does: Adam steps (``moves``: experts move after the first); losses, norms and the last gradients,
     experts by name, pieces of all others."""
     engine = Engine(plan, graph, state, options=EngineOptions(zero=zero))
     mesh = engine.mesh
     optimizer = torch.optim.Adam(engine.parameters(), lr=1e-2, foreach=False)
     losses, norms = [], []
-    for step in range(STEPS):
+    for step in range(steps):
         losses.append(engine.step(ex.batch_of(step, mesh.copy, mesh.num_copies)))
         norms.append(gradient_norm(engine))
-        if step < STEPS - 1:
+        if step < steps - 1:
             optimizer.step()
             optimizer.zero_grad()
         if moves and not step:
@@ -72,6 +77,24 @@ def steps_of(plan, graph, state, zero, moves):
     return losses, norms, found
 
 
+def check_steps(answers, wanted, tolerance=1e-12):
+    """Losses, norms and gradients of every process are one process's; which experts there are, and of what there are
+    parts: experts (True), all else (False)."""
+    experts, divided = set(), set()
+    for losses, norms, gradients in answers:
+        assert losses == pytest.approx(wanted["losses"], rel=tolerance)
+        assert norms == pytest.approx(wanted["norms"], rel=10 * tolerance)
+        for name, expert, piece, gradient in gradients:
+            whole = wanted["gradients"][name]
+            expected = whole if piece is None else piece.cut(whole)
+            expected = expected if expert is None else expected[expert]
+            difference = torch.linalg.vector_norm(gradient - expected)
+            assert difference <= tolerance * torch.linalg.vector_norm(whole) + 1e-30, name
+            experts |= set() if expert is None else {(name, expert)}
+            divided |= set() if piece is None else {expert is not None}
+    return experts, divided
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks, copies, sharing, zero, moves", [
     (1, 2, 2, 0, False), (1, 2, 2, 1, False), (1, 2, 2, 2, False), (1, 2, 2, 3, True), (2, 2, 2, 1, True),
@@ -84,20 +107,55 @@ def test_experts_over_copies_equal_one_process(pool, ranks, copies, sharing, zer
     module, graph = ex.captured()
     answers = pool.run(degrees.devices, __file__, "steps_of", plan_of(graph, degrees), graph, ex.state_of(module), zero,
                        moves)
-    wanted, experts, divided = reference(STEPS, degrees.copies), set(), set()
-    for losses, norms, gradients in answers:
-        assert losses == pytest.approx(wanted["losses"], rel=1e-12)
-        assert norms == pytest.approx(wanted["norms"], rel=1e-11)
-        for name, expert, piece, gradient in gradients:
-            whole = wanted["gradients"][name]
-            expected = whole if piece is None else piece.cut(whole)
-            expected = expected if expert is None else expected[expert]
-            difference = torch.linalg.vector_norm(gradient - expected)
-            assert difference <= 1e-12 * torch.linalg.vector_norm(whole) + 1e-30, name
-            experts |= set() if expert is None else {(name, expert)}
-            divided |= set() if piece is None else {expert is not None}
+    experts, divided = check_steps(answers, reference(STEPS, degrees.copies))
     assert len(experts) == (ex.LAYERS * 2 * ex.EXPERTS if sharing > 1 else 0)
     assert (False in divided, True in divided) == (zero > 0, zero > 0 and 1 < sharing < copies)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("degrees", [Degrees(tensor=2, sequence=True, copies=2, expert=4),
+                                     Degrees(context=2, tensor=2, expert=2)], ids=Degrees.text)
+def test_balancing_losses_look_at_all_tokens(pool, degrees):
+    """transformers' load-balancing loss, which is no sum over tokens, and its gradients are those of one process; to
+    1e-6, as it is made in float32."""
+    module, graph = ex.captured(balanced=True)
+    answers = pool.run(4, __file__, "steps_of", plan_of(graph, degrees), graph, ex.state_of(module), 0, False)
+    wanted = reference(STEPS, degrees.copies, balanced=True)
+    assert wanted["losses"][0] > 1.05 * reference(STEPS, degrees.copies)["losses"][0]
+    check_steps(answers, wanted, 1e-6)
+
+
+TEAMS = [
+    (Degrees(tensor=2, sequence=True, copies=2, expert=4), 0, True), (Degrees(tensor=2, copies=2, expert=2), 0, False),
+    (Degrees(context=2, copies=2, expert=2), 1, True), (Degrees(tensor=2, sequence=True, copies=2, expert=2), 3, False),
+    (Degrees(context=2, copies=2, expert=4), 2, False), (Degrees(tensor=2, copies=2, expert=1), 1, False),
+    (Degrees(ranks=2, tensor=2, sequence=True, expert=2), 0, True), (Degrees(context=2, tensor=2, expert=4), 0, False),
+    (Degrees(ranks=2, context=2, expert=1), 0, False), (Degrees(tensor=2, copies=2, expert=4), 1, True),
+    (Degrees(tensor=2, sequence=True, context=2, expert=2), 1, True)]
+
+
+def test_experts_over_the_members_of_a_team_equal_one_process(pool):
+    """One step of two members that divide the sequence, with half of the experts each."""
+    module, graph = ex.captured()
+    degrees = Degrees(tensor=2, sequence=True, expert=2)
+    answers = pool.run(2, __file__, "steps_of", plan_of(graph, degrees), graph, ex.state_of(module), 0, False, 1)
+    experts, _ = check_steps(answers, reference(1, 1))
+    assert len(experts) == ex.LAYERS * 2 * ex.EXPERTS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("degrees, zero, moves", TEAMS, ids=lambda item: item.text() if isinstance(item, Degrees)
+                         else str(int(item)))
+def test_experts_over_members_and_copies_equal_one_process(pool, degrees, zero, moves):
+    """Each member of a team sends its part of the tokens, along the sequence in every mode: over the members of a
+    team, over neighbouring copies of them, over all, and whole; losses, norms and gradients to 1e-12, whatever copies
+    divide, also after experts have moved."""
+    module, graph = ex.captured()
+    answers = pool.run(degrees.devices, __file__, "steps_of", plan_of(graph, degrees), graph, ex.state_of(module), zero,
+                       moves)
+    experts, divided = check_steps(answers, reference(STEPS, degrees.copies))
+    assert len(experts) == (ex.LAYERS * 2 * ex.EXPERTS if degrees.expert > 1 else 0)
+    assert (True in divided) == (zero > 0 and 1 < degrees.expert < degrees.team * degrees.copies)
 
 
 def config_of(folder, steps, name="adam"):
@@ -125,25 +183,31 @@ def train(plan, graph, state, config, saved=None):
     trainer = Trainer(engine, config, batches)
     losses = trainer.run(trainer.begin(Start.RESUME_IF_ANY))
     if saved is not None:
+        pieces = gather(list(divided_shapes(engine, divided_names(engine))))
+        assert len({piece for own in pieces for piece in own}) == sum(map(len, pieces)), "written once"
         save_weights(engine, torch.nn.Module(), Target(saved, 10**9))
     return losses
 
 
 @pytest.mark.slow
-def test_a_run_with_experts_over_copies_goes_on(pool, tmp_path):
-    """ZeRO-1 as the plan says, clipped; saved after two steps with experts over two of four copies, and resumed with
-    them over all, whole, and over two copies of two ranks: all losses, and the weights at the end, are those of one
-    process that never stopped."""
+@pytest.mark.parametrize("begun", [
+    Degrees(1, copies=4, expert=2), Degrees(tensor=2, sequence=True, copies=2, expert=2)], ids=Degrees.text)
+def test_a_run_with_experts_over_copies_goes_on(pool, tmp_path, begun):
+    """ZeRO-1 as the plan says, clipped; saved after two steps with experts over two of four copies, or over the
+    members of two teams, and resumed with them over all, whole, over two copies of two ranks, over members that divide
+    the sequence, and over two teams in a pipeline: all losses, and the weights at the end, are those of one process
+    that never stopped."""
     module, graph = ex.captured()
     alone, first, *others = (plan_of(graph, degrees, TURNS) for degrees in (
-        Degrees(1), Degrees(1, copies=4, expert=2), Degrees(1, copies=4, expert=4), Degrees(1, copies=4, expert=1),
-        Degrees(2, copies=2, expert=2), Degrees(1, copies=4, expert=2)))
+        Degrees(1), begun, Degrees(1, copies=4, expert=4), Degrees(1, copies=4, expert=1),
+        Degrees(2, copies=2, expert=2), Degrees(1, copies=4, expert=2), Degrees(context=2, copies=2, expert=2),
+        Degrees(2, tensor=2, sequence=True, expert=2)))
     state = ex.state_of(module)
     assert zero_of(config_of(tmp_path, 2), first, graph) == 1
     calm, = pool.run(1, __file__, "train", alone, graph, state, config_of(tmp_path / "calm", STEPS + 1),
                      tmp_path / "whole")
-    begun = pool.run(4, __file__, "train", first, graph, state, config_of(tmp_path / "kept", 2))
-    for losses in begun:
+    saved_by = pool.run(4, __file__, "train", first, graph, state, config_of(tmp_path / "kept", 2))
+    for losses in saved_by:
         assert losses == pytest.approx(calm[:2], rel=1e-12)
     wanted = load_file(tmp_path / "whole" / "model.safetensors")
     for number, plan in enumerate(others):
@@ -173,12 +237,13 @@ def test_matrices_of_experts_in_parts_are_put_together(pool, tmp_path):
     (True, Team({}, 2, expert=2), None), (False, Team({}, 2), None), (False, Team({"tensor": 2}, expert=2), None),
     (True, Team({}, 4, expert=2), None), (True, Team({}, 2), None),
     (True, Team({}, 4, expert=3), "shared by 3 copies of the plan, but the run has 4; start it with --copies 3, or a"),
-    (True, Team({"tensor": 2}), "but the graph was captured with --expert-parallel, experts shared by copies; capture"),
-    (False, Team({}, 2, expert=2), "with --degrees expert=1, capture with --expert-parallel 2 and plan that graph, or"),
-    (False, Team({"tensor": 2}, 2, expert=4), "with --degrees expert=1 or with expert and tensor alike")])
+    (True, Team({"tensor": 2}), None), (True, Team({"context": 2, "tensor": 2}, 3, expert=6), None),
+    (True, Team({"tensor": 2}, 2, expert=3), "shared by 3 devices of a rank, but the run has 4, 2 copies of tensor 2;"),
+    (False, Team({}, 2, expert=2), "expert-parallel 2 and plan that graph, or plan with --degrees expert=1 or with"),
+    (False, Team({"tensor": 2}, 2, expert=4), "expert-parallel 4 and plan that graph, or plan with --degrees exp")])
 def test_which_experts_are_trained(tmp_path, parallel, team, text):
-    """Whole, over all copies or over groups of them, where the graph was captured with experts that copies share; whole
-    or over the tensor axis, where it was not."""
+    """Whole, over all devices of a rank or over groups of them, where the graph was captured with tokens that travel;
+    whole or over the tensor axis, where it was not."""
     _, graph = ex.captured(parallel)
     plan = replace(ex.plan_for(graph, 1), team=team)
     if text is None:
@@ -210,6 +275,49 @@ def test_what_copies_that_share_experts_do_not_do_is_refused_before_they_start(t
         return
     with pytest.raises(InputError, match=text):
         check_copies(plan, graph, config, copies)
+
+
+SEQUENCE = (TeamMode("tensor", "sequence"),)
+
+
+@pytest.mark.parametrize("team, fits", [
+    (Team({}, 2), True), (Team({"tensor": 2}), True), (Team({"tensor": 2}, modes=SEQUENCE), False),
+    (Team({"context": 2, "tensor": 2}), False), (Team({"tensor": 2}, modes=(TeamMode("tensor", "batch"),)), False)])
+def test_choices_are_drawn_for_all_tokens(tmp_path, team, fits):
+    """Members that route other tokens with one generator would draw what their neighbours draw."""
+    _, graph = ex.captured()
+    plan, config = replace(ex.plan_for(graph, 1), team=team), config_of(tmp_path, 1)
+    check_team(plan, graph, config)
+    with nullcontext() if fits else pytest.raises(InputError, match=r"for which experts\.elastic would draw alike;"):
+        check_team(plan, graph, replace(config, experts=ExpertsConfig(elastic=ElasticExperts(4, 0.5))))
+
+
+@pytest.mark.parametrize("team", [Team({"tensor": 2}), Team({"tensor": 2}, modes=SEQUENCE), Team({"context": 3}),
+                                  Team({"context": 2, "tensor": 3}, modes=SEQUENCE), Team({"tensor": 4})],
+                         ids=lambda team: f"{team.text()} {'sequence' if team.modes else ''}")
+def test_members_send_their_part_of_the_tokens(team):
+    """Every member has all experts of a device, of whose gradients it has a part of the sum, and its part of the rows,
+    in the same way on the way there, at the experts, and back; nothing on this way is gathered."""
+    _, graph = ex.captured()
+    made = member_graph(team, graph)
+    banks = {bank for layer in expert_layers(graph) for bank in layer.banks}
+    assert banks and banks.isdisjoint(made.divisions)
+    assert all(made.sums[bank] == tuple(team.axes) for bank in banks)
+    shapes = {value.name: value.spec.shape for value in made.graph.values}
+    rows, segments = 2 * equal.ROWS * equal.LENGTH // team.members, {item.name: item for item in made.graph.segments}
+    for layer in expert_layers(made.graph):
+        dispatch, experts, combine = (segments[name] for name in layer.segments)
+        order, arrive, offsets, splits, sent, weights = (shapes[name] for name in dispatch.outputs)
+        assert (order, arrive, offsets, splits) == ((rows,), (rows,), (ex.EXPERTS,), (2, 1))
+        assert sent == shapes[combine.outputs[0]] == (rows, 16) and weights == (rows, 1)
+        for segment in (experts, combine):
+            assert not any("gather" in op.kind or "reduce" in op.kind for op in made.graph.trace(segment).operators)
+
+
+def test_tokens_that_do_not_divide_are_refused():
+    _, graph = ex.captured()
+    with pytest.raises(InputError, match=r"mlp.dispatch: 24 tokens do not divide among 5 members, each of which sends"):
+        member_graph(Team({"tensor": 5}), graph)
 
 
 def test_rows_picked_by_data_are_not_for_teams(tmp_path):

@@ -155,9 +155,9 @@ def test_wrong_maps_and_plans_are_one_line(pool):
     wrong = ExpertMap(ex.EXPERTS, 4, (tuple(range(8)),))
     message, _ = pool.run(2, __file__, "make_mapped", plan, graph, state, wrong)
     assert message == ("expert map: has 1 layers of 8 experts on 4 devices, but this run has 2 layers of 8 experts on 2"
-                       " devices (the copies that share experts); make a map for this model and these devices (mipipe"
+                       " devices (those that share experts); make a map for this model and these devices (mipipe"
                        " experts)")
-    with pytest.raises(InputError, match="8 experts do not divide over 3 copies of the plan; give a map"):
+    with pytest.raises(InputError, match="8 experts do not divide over the 3 devices that share them; give a"):
         contiguous_map(expert_layers(graph), 3)
     dense = equal.cases.chain_graph()
     problem = equal.cases.problem_of(dense, 1, 1, [[segment.name for segment in dense.segments]])

@@ -16,6 +16,7 @@ from mipipe.graphs.topology import Topology
 from mipipe.planner.experts.balance.maps import ExpertLoads
 from mipipe.planner.experts.files import read_loads
 from mipipe.planner.experts.plan import ExpertOptions, plan_experts
+from mipipe.planner.team import Team, TeamMode
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.ranks.options import EngineOptions
 from mipipe.runtime.train.config import CheckpointConfig, ExpertsConfig, OptimizerConfig, ReplanConfig, TrainConfig
@@ -106,20 +107,25 @@ def test_loads_become_a_map_that_a_run_moves_to(pool, tmp_path):
     assert records[0]["experts/max_over_mean"] > 2
 
 
-@pytest.mark.parametrize("sharing", [4, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_run_places_its_experts_again(pool, tmp_path, sharing):
+@pytest.mark.parametrize("sharing, team", [
+    (4, None), pytest.param(2, None, marks=pytest.mark.slow),
+    pytest.param(2, Team({"context": 2}, 2, expert=2), marks=pytest.mark.slow),
+    pytest.param(4, Team({"tensor": 2}, 2, (TeamMode("tensor", "sequence"),), expert=4), marks=pytest.mark.slow)])
+def test_a_run_places_its_experts_again(pool, tmp_path, sharing, team):
     """After every second step, by its own loads, with replicas: the losses of a run that never moves; also where two
-    groups of copies move alike, by the mean of their loads."""
+    groups of devices move alike, by the mean of their loads; tokens count once, however many members see them."""
     module, graph = ex.captured()
     graph = replace(graph, source={**graph.source, "expert_parallel": sharing})
-    plan, state = ex.plan_for(graph, 1), ex.state_of(module)
+    plan, state = replace(ex.plan_for(graph, 1), team=team), ex.state_of(module)
+    copies = 4 if team is None else team.copies
     config = config_for(tmp_path, "replan", replan=ReplanConfig(2, 4))
-    after = pool.run(4, __file__, "train", plan, graph, state, config, 4)
-    before = pool.run(4, __file__, "train", plan, graph, state, TrainConfig(STEPS, optimizer=config.optimizer), 4)
+    after = pool.run(4, __file__, "train", plan, graph, state, config, copies)
+    before = pool.run(4, __file__, "train", plan, graph, state, TrainConfig(STEPS, optimizer=config.optimizer), copies)
     for losses in after:
         assert losses == (before[0] if sharing == 4 else pytest.approx(before[0], rel=1e-12))
     loads, lines = read_loads(Path(config.experts.loads)), Path(config.experts.history).read_text().splitlines()
     counts = torch.tensor([json.loads(line)["counts"] for line in lines[-2:]], dtype=torch.float64)
+    assert (counts.sum(dim=2) == 2 * copies * ex.COUNT * equal.ROWS * equal.LENGTH).all()
     assert torch.equal(torch.tensor(loads.loads, dtype=torch.float64), counts.mean(dim=0) * sharing / 4)
     records = [json.loads(line) for line in Path(config.metrics).read_text().splitlines()]
     assert ["experts/moved" in record for record in records] == [False, True, False, False]
@@ -129,7 +135,7 @@ def test_a_run_places_its_experts_again(pool, tmp_path, sharing):
 def test_planning_again_names_a_wrong_cluster():
     """One device for each copy is expected."""
     cluster = Path(__file__).parents[2] / "examples/cluster_4cpu.yaml"
-    with pytest.raises(InputError, match="has 4 devices, but 2 copies of the plan share the experts"):
+    with pytest.raises(InputError, match="has 4 devices, but 2 devices of the run share the experts"):
         replan_map(ExpertLoads(((1.0,) * 8,)), ex.replicated_map(2), ReplanConfig(1, cluster=str(cluster)))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import timedelta
 
 import torch
@@ -57,8 +57,9 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
     team = plan.team or ALONE
     copies = mesh.num_copies if mesh is not None else max(1, world() // (len(program.ranks) * team.members))
     sharing = expert_degree(plan.team, graph, copies) if mesh is None else mesh.sharing
-    zero = options.zero if copies > 1 else 0
-    member = _over_copies(member_graph(team, graph), zero, copies, sharing)
+    alike = team.members * copies // sharing if sharing > 1 else 1
+    zero = options.zero if max(copies, alike) > 1 else 0
+    member = _over_copies(member_graph(team, graph), zero, copies, sharing, alike)
     whole, graph = graph, member.graph
     flow = gradient_flow(graph)
     stage_of = _stage_of_segments(plan, graph)
@@ -101,11 +102,14 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
                                      if options.compile and not phases.compiles(phases.trace(item), item.name)))
 
 
-def _over_copies(member: MemberGraph, zero: int, copies: int, sharing: int) -> MemberGraph:
-    """The graph of a copy that divides (``zero``) what it has with others: of shared experts, with their copies."""
+def _over_copies(member: MemberGraph, zero: int, copies: int, sharing: int, alike: int) -> MemberGraph:
+    """The graph of a copy that divides (``zero``) what it has with others: of shared experts, with the ``alike``
+    devices that have the same ones, over which, not over members, their gradients are sums."""
     shared = expert_layers(member.graph) if sharing > 1 else ()
     banks = {name for layer in shared for name in layer.banks}
-    return gathered(member, copies, zero, banks, copies // sharing) if zero else member
+    sums = {name: axes for name, axes in member.sums.items() if name not in banks}
+    member = replace(member, sums=sums)
+    return gathered(member, copies, zero, banks, alike) if zero else member
 
 
 def _copy_parts(member: MemberGraph, mesh: Mesh, zero: int) -> dict[str, CopyPart]:
@@ -208,8 +212,9 @@ def _graded(graph: OperatorGraph, flow: GradientFlow) -> set[str]:
 
 
 def _exchanges_aside(local: LocalRank, stage_of: dict[str, int]) -> bool:
-    """Whether ranks exchange rows, and all that do it are stages without parameters on the plan's collective stream."""
-    if local.experts is None:
+    """Whether ranks exchange rows, and all that do it are stages without parameters on the plan's collective stream;
+    not where members of a team talk as well, whose collectives have one order."""
+    if local.experts is None or local.mesh.team.members > 1:
         return False
     traces = {trace.digest: trace for trace in local.graph.traces}
     exchanging = {segment.name for segment in local.graph.segments

@@ -123,21 +123,22 @@ def check_team(plan: Plan, graph: OperatorGraph, config: TrainConfig) -> None:
         raise InputError(f"plan {plan.name}: its ranks are teams ({team.text()}), but segment {picking[0]} picks rows"
                          " by data, in which members would differ; capture the model with grouped experts, or plan with"
                          " --degrees tensor=1,context=1")
+    if config.experts is not None and config.experts.elastic is not None and (
+            "context" in team.axes or any(item.mode in ("sequence", "batch") for item in team.modes)):
+        raise InputError(f"plan {plan.name}: members of its teams ({team.text()}) route parts of the tokens, for which"
+                         " experts.elastic would draw alike; plan with --degrees tensor= in place of sequence=, and"
+                         " context=1, or leave experts.elastic out")
     rows = rows_of(graph)
     if team.microbatch not in (0, rows):
         raise InputError(f"plan {plan.name}: has microbatches of {team.microbatch} sequences, but the graph was"
                          f" captured with {rows}; capture it with --batch {team.microbatch} and plan that")
     if expert_layers(graph):
-        if divided:
-            raise InputError(f"plan {plan.name}: its ranks are teams ({team.text()}), but the graph was captured with"
-                             " --expert-parallel, experts shared by copies; capture it without, and divide experts"
-                             " inside teams (mode expert)")
         expert_degree(team, graph, team.copies)
     elif team.expert > 1 and (team.expert != team.axes.get("tensor") or "context" in team.axes):
-        over = "" if divided else f", capture with --expert-parallel {team.expert} and plan that graph,"
-        raise InputError(f"plan {plan.name}: divides experts over {team.expert} devices, but training divides them over"
-                         f" the tensor axis of a team alone ({team.text()}); plan with --degrees expert=1{over} or with"
-                         " expert and tensor alike")
+        raise InputError(f"plan {plan.name}: divides experts over {team.expert} devices, but of a graph captured"
+                         f" without --expert-parallel training divides them over the tensor axis of a team alone"
+                         f" ({team.text()}); capture with --expert-parallel {team.expert} and plan that graph, or plan"
+                         " with --degrees expert=1 or with expert and tensor alike")
 
 
 def check_copies(plan: Plan, graph: OperatorGraph, config: TrainConfig, copies: int) -> None:
@@ -145,7 +146,7 @@ def check_copies(plan: Plan, graph: OperatorGraph, config: TrainConfig, copies: 
     if expert_degree(plan.team, graph, copies) < 2:
         return
     shared = config.optimizer.shard or (plan.team is not None and plan.team.zero)
-    if shared and not zero_of(config, plan, graph):
+    if shared and copies > 1 and not zero_of(config, plan, graph):
         raise whole_beside_experts(config.optimizer.name)
 
 
