@@ -92,7 +92,8 @@ class _Estimate:
 
     def whole(self) -> int:
         """Into how many parts values between blocks are divided."""
-        return self.split.context * (self.split.tensor if self.split.sequence or self.role is Role.EXPERTS else 1)
+        apart = self.split.sequence or self.role in (Role.DISPATCH, Role.EXPERTS, Role.COMBINE)
+        return self.split.context * (self.split.tensor if apart else 1)
 
     def parts_of(self, name: str) -> int:
         """Into how many parts an activation is divided."""

@@ -5,7 +5,8 @@
 - ``sequence``: an all-gather and a reduce-scatter in their place, and activations between blocks in parts (Korthikanti
   et al., "Reducing activation recomputation in large transformer models", MLSys 2023);
 - experts: tokens sent to their experts and back, forward and backward (Lepikhin et al., "GShard", ICLR 2021); every
-  member sends its part of the sequence, whatever the mode, and rows are even over experts;
+  member sends its part of the sequence, whatever the mode, and rows are even over experts; in ``tensor`` mode what
+  comes back, and its gradient, is gathered;
 - context: keys and values gathered before attention, their gradients reduced and scattered (Dubey et al., "The Llama 3
   herd of models", 2024, section 3.3.2).
 
@@ -78,9 +79,24 @@ class ModeCollectives:
                 work[Phase.F].append(Collective(kinds.ALL_REDUCE, "tensor", size))
             if columns and Phase.I in work:
                 back.append(Collective(kinds.ALL_REDUCE, "tensor", size))
-            if self.rules.has("bank"):
+            size = self._tokens() if self.role is Role.DISPATCH else size if self._routes() else 0
+            if size:
                 work[Phase.F].append(Collective(kinds.ALL_GATHER, "tensor", size))
                 back.append(Collective(kinds.ALL_GATHER, "tensor", size))
+
+    def _routes(self) -> bool:
+        """Whether tokens come in, and go to the segment's experts: not rows that another segment has sent."""
+        made = {item.name: item.inputs for item in self.trace.phase_operators(Phase.F)}
+        rows = next((item.inputs[0] for item in self._banks()), None)
+        while rows is not None and len(made.get(rows, ())) == 1:
+            rows, = made[rows]
+        return rows is not None and rows not in self.trace.inputs
+
+    def _tokens(self) -> int:
+        """Bytes of the tokens that a segment sends to experts, on one member of the context axis."""
+        floats = [self.trace.specs[name].num_bytes for name in self.trace.inputs
+                  if "float" in self.trace.specs[name].dtype]
+        return -(-max(floats, default=0) // self.split.context)
 
     def _between(self) -> int:
         """Bytes of the activation between blocks, on one member of the context axis."""

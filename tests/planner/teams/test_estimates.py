@@ -153,3 +153,34 @@ def test_scores_of_unfused_attention_go_through_memory(llama):
     again = estimated_profile(trace, Role.ATTENTION, TeamSplit(2), flash=False, attention_again=True)
     assert again.kept.fi + again.kept.fw < flash.kept.fi + flash.kept.fw
     assert again.phases[Phase.I].flops == eager.phases[Phase.I].flops + products[0].flops
+
+
+@pytest.mark.parametrize("mode", ["tensor", "sequence"])
+def test_tokens_that_travel_are_a_members_part(tmp_path, mode):
+    """Of a graph whose tokens travel to their experts: in ``tensor`` mode what a layer gathers is its tokens, once in F
+    and once in I, and in both modes a member has its part of the rows, where the trace is divided and where it is
+    estimated; the banks are whole to a team."""
+    own = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 8, "head_dim": 32,
+           "num_experts_per_tok": 2, "moe_intermediate_size": 344, "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **own}))
+    graph = capture(str(tmp_path), seq=512, dtype="bfloat16", expert_parallel=2, verify=False)
+    graph = with_modes(graph, (mode,), (4,))
+    talk = {source: {phase: [] for phase in Phase} for source in ("traced", "estimated")}
+    for trace, role in traces(graph):
+        if role in (Role.ATTENTION, Role.EMBEDDING, Role.HEAD):
+            continue
+        traced = graph.modes.find(trace.digest, mode, 4)
+        estimate = estimated_profile(trace, role, TeamSplit(4, sequence=mode == "sequence"), fused=False)
+        for source, profile in (("traced", traced), ("estimated", estimate)):
+            for phase, work in profile.phases.items():
+                talk[source][phase] += [(item.kind, item.num_bytes) for item in work.collectives
+                                        if item.num_bytes > 10_000]
+        if role in (Role.DISPATCH, Role.EXPERTS, Role.COMBINE):
+            assert estimate.resident.experts == traced.resident.experts == sum(
+                trace.specs[name].num_bytes for name in trace.parameters)
+            assert estimate.phases[Phase.F].flops == traced.phases[Phase.F].flops
+            rows = [profile.kept.fi + profile.kept.fw for profile in (traced, estimate)]
+            assert rows[0] == pytest.approx(rows[1], rel=0.01), role
+            assert traced.resident.summed == traced.resident.experts  # by the sum over all that hold the same ones
+    gathered = [(CollectiveKind.ALL_GATHER, 512 * CONFIG["hidden_size"] * 2)] if mode == "tensor" else []
+    assert talk["traced"] == talk["estimated"] == {Phase.F: gathered, Phase.I: gathered, Phase.W: []}
