@@ -20,6 +20,7 @@ from mipipe.graphs.serialize import digest
 from mipipe.graphs.tracing.dynamic_rows import DIRECT
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.team import Team, TeamMode
+from mipipe.planner.teams.as_team import team_of
 from mipipe.planner.teams.evaluate import evaluate_teams
 from mipipe.planner.teams.prices.degrees import Degrees
 from mipipe.planner.teams.prices.pieces import model_pieces
@@ -312,6 +313,14 @@ def test_members_send_their_part_of_the_tokens(team):
         assert sent == shapes[combine.outputs[0]] == (rows, 16) and weights == (rows, 1)
         for segment in (experts, combine):
             assert not any("gather" in op.kind or "reduce" in op.kind for op in made.graph.trace(segment).operators)
+
+
+@pytest.mark.parametrize("parallel, modes", [(True, ()), (False, ("expert",))])
+def test_the_mode_of_experts_is_that_of_graphs_whose_tokens_stay(parallel, modes):
+    """Where they travel, `Team.expert` alone says who has which experts."""
+    _, graph = ex.captured(parallel)
+    team = team_of(model_pieces(graph), Degrees(tensor=2, copies=2, expert=2), "cpu")
+    assert tuple(item.mode for item in team.modes) == modes and team.expert == 2
 
 
 def test_tokens_that_do_not_divide_are_refused():
