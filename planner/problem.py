@@ -16,9 +16,10 @@ The rules a schedule must keep (design: She et al., arXiv 2503.09357, extended b
   rank. All values between the same two stages for one microbatch and direction travel as one transfer.
 - Memory of a rank at a moment: resident bytes of its stages, + saved tensors (``saved_fi`` from the start of F to the
   end of I, ``saved_fw`` to the end of W, ``saved_iw`` from the start of I to the end of W, as are, in a stage with I,
-  the gradients of a group without one, whose W reads them), + the running action's workspace, + values in flight (at
-  the sender from the end of the producer to the end of the transfer, at the receiver from the posting of the receive to
-  the start of the consumer, within a rank from producer's end to consumer's start).
+  the gradients of a group without one, whose W reads them), + the running action's workspace (that of forwards for F
+  and RECOMPUTE; of an overlapped pair the forward's and the backward's, of one stage the larger of both), + values in
+  flight (at the sender from the end of the producer to the end of the transfer, at the receiver from the posting of the
+  receive to the start of the consumer, within a rank from producer's end to consumer's start).
 - A group with several replicas ends the step with an all-reduce of its gradients, after the last W of every replica.
 - A rank ends the step with the update of its groups (``update_ns``: the optimizer, and what gradients take on their way
   between copies of the whole plan), after its last action and reduction.
@@ -70,6 +71,8 @@ class Group:
     the bytes of the values the group makes, and () means all 1.0. ``single``: one replica only, as its F changes
     buffers that the next microbatch reads (batch statistics), or as it is of an expert-parallel layer. ``update_ns``:
     what the group's parameters take at the end of a step on each of its ranks, whatever the device kind.
+    ``workspace_bytes`` is held while any of the group's actions runs, but while it runs forward (F, RECOMPUTE)
+    ``forward_workspace_bytes`` in its place, where that is given.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -88,6 +91,12 @@ class Group:
     tags: Tags = Tags()
     single: bool = False
     update_ns: Amount = 0
+    forward_workspace_bytes: Amount | None = None
+
+    @property
+    def forward_workspace(self) -> int:
+        """Bytes held while the group runs forward."""
+        return self.workspace_bytes if self.forward_workspace_bytes is None else self.forward_workspace_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +249,8 @@ def _check_amounts(problem: PlanningProblem) -> None:
         raise ProblemError(f"problem {problem.name}: its transfers add up to {sent:.3g} ns, which no clock counts;"
                            " expected latencies, bandwidths and sizes of real links")
     kept = sum(sum((group.resident_bytes, group.gradient_bytes, group.saved_fi_bytes, group.saved_fw_bytes,
-                    group.saved_iw_bytes, group.workspace_bytes, group.recompute_bytes or 0)) * load
+                    group.saved_iw_bytes, group.workspace_bytes, group.forward_workspace_bytes or 0,
+                    group.recompute_bytes or 0)) * load
                for group, load in zip(problem.groups, loads, strict=True))
     kept += sum((edge.num_bytes + (edge.grad_bytes or 0)) * loads[edge.source] for edge in problem.edges)
     kept *= count

@@ -14,9 +14,11 @@ Left out: what a member holds twice at boundaries that do not divide.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from mipipe.graphs.coarse.totals import operator_flops
+from mipipe.graphs.costs.forward_lives import most_alive
 from mipipe.graphs.costs.mode_collectives import ModeCollectives
 from mipipe.graphs.costs.split_rules import ATTENTION, SplitRules, fitting
 from mipipe.graphs.costs.trace_facts import TeamSplit, TraceFacts, heads_of, trace_facts
@@ -66,9 +68,8 @@ def estimated_profile(trace: SegmentTrace, role: Role, split: TeamSplit, *, fuse
     """
     cut = fused if cut is None else cut
     known = facts or trace_facts(trace, role, fused=fused, attention_again=attention_again, cut=cut)
-    heads = heads_of(trace)
-    rules = fitting(known.rules, trace, split.tensor, None if heads is None else heads[1])
-    estimate = _Estimate(trace, role, rules, split, known, flash, attention_again)
+    estimate = _estimate(trace, role, split, known, flash, attention_again)
+    rules = estimate.rules
     work = {phase: _Work() for phase in Phase if trace.has(phase)}
     estimate.compute(work, fused, attention_again)
     talk = ModeCollectives(trace, role, rules, split).by_phase(work)
@@ -78,6 +79,20 @@ def estimated_profile(trace: SegmentTrace, role: Role, split: TeamSplit, *, fuse
     return ModeProfile(trace.digest, split.mode, axes, (layout,) * len(trace.inputs), (layout,) * len(trace.outputs),
                        estimate.parts(), estimate.resident(), estimate.kept(cut),
                        {phase: estimate.phase_work(phase, made, talk[phase], fused) for phase, made in work.items()})
+
+
+def forward_alive(trace: SegmentTrace, role: Role, split: TeamSplit, facts: TraceFacts,
+                  elsewhere: Collection[str] = ()) -> int:
+    """The most bytes of values of F at once on one member, without those that are counted ``elsewhere`` (by name)."""
+    estimate = _estimate(trace, role, split, facts)
+    return math.ceil(most_alive([life for life in facts.lives if life.name not in elsewhere], estimate.parts_of))
+
+
+def _estimate(trace: SegmentTrace, role: Role, split: TeamSplit, facts: TraceFacts, flash: bool = True,
+              again: bool = False) -> _Estimate:
+    heads = heads_of(trace)
+    rules = fitting(facts.rules, trace, split.tensor, None if heads is None else heads[1])
+    return _Estimate(trace, role, rules, split, facts, flash, again)
 
 
 @dataclass(slots=True)

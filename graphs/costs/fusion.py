@@ -48,8 +48,8 @@ class LiveTensor:
 
 def kernels(trace: SegmentTrace) -> list[Kernel]:
     """The kernels of a trace, runs of elementwise operators joined where one reads another's result in its phase."""
-    origin = _origins(trace)
-    members = [operator for operator in trace.operators if _moves(operator)]
+    origin = origins(trace)
+    members = [operator for operator in trace.operators if moves(operator)]
     group = {operator.name: operator.name for operator in members}
 
     def leader(name: str) -> str:
@@ -76,7 +76,7 @@ def kept(trace: SegmentTrace, again: tuple[str, ...] = ()) -> list[LiveTensor]:
 
     ``again``: beginnings of the kinds of other operators that may be run again in the backward (attention).
     """
-    origin = _origins(trace)
+    origin = origins(trace)
     makers = {operator.name: operator for operator in trace.operators}
     wanted: dict[str, Phase] = {}
     for saved in trace.saved:
@@ -84,14 +84,14 @@ def kept(trace: SegmentTrace, again: tuple[str, ...] = ()) -> list[LiveTensor]:
             name = origin.get(saved.name, saved.name)
             wanted[name] = Phase.W if Phase.W in (saved.last, wanted.get(name)) else saved.last
     chosen = _cut(trace, makers, origin, wanted, again)
-    after_f = [LiveTensor(name, _size(name, trace, makers), last) for name, last in chosen.items()]
+    after_f = [LiveTensor(name, size_of(name, trace, makers), last) for name, last in chosen.items()]
     late = {origin.get(saved.name, saved.name) for saved in trace.saved if saved.source is Phase.I}
-    return after_f + [LiveTensor(name, _size(name, trace, makers), Phase.I) for name in sorted(late)]
+    return after_f + [LiveTensor(name, size_of(name, trace, makers), Phase.I) for name in sorted(late)]
 
 
 def made_in_backward(trace: SegmentTrace) -> frozenset[str]:
     """The names among `kept` that I makes and W reads."""
-    origin = _origins(trace)
+    origin = origins(trace)
     return frozenset(origin.get(saved.name, saved.name) for saved in trace.saved if saved.source is Phase.I)
 
 
@@ -105,7 +105,7 @@ def _cut(trace: SegmentTrace, makers: dict[str, Operator], origin: dict[str, str
         graph.add_edge((name, 1), "sink")
     while pending:
         name = pending.pop()
-        graph.add_edge((name, 0), (name, 1), capacity=max(1, _size(name, trace, makers)))
+        graph.add_edge((name, 0), (name, 1), capacity=max(1, size_of(name, trace, makers)))
         maker = makers.get(name)
         if maker is None or maker.phase is not Phase.F or maker.kind.startswith(_LOSS) or (
                 heavy(maker) and not maker.kind.startswith(again or "-")):
@@ -142,9 +142,9 @@ def _kernel(run: list[Operator], trace: SegmentTrace, origin: dict[str, str], re
         for source in operator.inputs:
             above = origin.get(source, source)
             if above not in names:
-                tensors[above] = _size(above, trace, makers)
+                tensors[above] = size_of(above, trace, makers)
         if readers.get(operator.name, {""}) - names:
-            tensors[operator.name] = _size(operator.name, trace, makers)
+            tensors[operator.name] = size_of(operator.name, trace, makers)
     return Kernel(run[0].phase, None, tensors)
 
 
@@ -152,7 +152,7 @@ def _readers(trace: SegmentTrace, origin: dict[str, str]) -> dict[str, set[str]]
     """Who reads each value; results of the segment and saved tensors have the reader ``""``."""
     found: dict[str, set[str]] = {}
     for operator in trace.operators:
-        if _moves(operator):
+        if moves(operator):
             for source in operator.inputs:
                 found.setdefault(origin.get(source, source), set()).add(operator.name)
     for name in (*trace.outputs, *trace.input_grads, *trace.parameter_grads, *(item.name for item in kept(trace))):
@@ -161,16 +161,16 @@ def _readers(trace: SegmentTrace, origin: dict[str, str]) -> dict[str, set[str]]
     return found
 
 
-def _origins(trace: SegmentTrace) -> dict[str, str]:
+def origins(trace: SegmentTrace) -> dict[str, str]:
     """For every view the name of what it looks at (an operator that moves bytes, or an argument of the trace)."""
     found: dict[str, str] = {}
     for operator in trace.operators:
-        if not _moves(operator) and operator.inputs:
+        if not moves(operator) and operator.inputs:
             found[operator.name] = found.get(operator.inputs[0], operator.inputs[0])
     return found
 
 
-def _moves(operator: Operator) -> bool:
+def moves(operator: Operator) -> bool:
     return bool(operator.flops or operator.bytes_read or operator.bytes_written)
 
 
@@ -179,7 +179,7 @@ def heavy(operator: Operator) -> bool:
     return bool(operator.flops) or operator.kind.startswith(_HEAVY)
 
 
-def _size(name: str, trace: SegmentTrace, makers: dict[str, Operator]) -> int:
+def size_of(name: str, trace: SegmentTrace, makers: dict[str, Operator]) -> int:
     """Bytes of a value; of several results all but integers that only say how to go on."""
     if name in makers:
         return sum(spec.num_bytes for spec in makers[name].outputs if spec.dtype in DTYPE_BYTES)

@@ -17,7 +17,7 @@ import numpy as np
 from mipipe.graphs.errors import PlanError
 from mipipe.planner.actions import Action, ActionKind, Stream
 from mipipe.planner.check.array_times import ArrayTimes, run_clock
-from mipipe.planner.check.facts import Demands, check_placement, scaled
+from mipipe.planner.check.facts import Demands, check_placement, scaled, workspace_bytes
 from mipipe.planner.check.memory import check_resident
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import Group
@@ -49,7 +49,7 @@ def holds(plan: Plan) -> bool:
 @dataclass(frozen=True, slots=True)
 class Read:
     """The actions by rank, stream and position. ``doer`` is the action of every part, -1 where there is none.
-    ``stages``: that of an action's gradients or F run again, and that of its F; -1 for none or the same."""
+    ``stages``: that of an action's gradients or F run again, and that of its F; -1 for none."""
 
     rank: np.ndarray
     lane: np.ndarray
@@ -87,7 +87,6 @@ def _actions(facts: Demands) -> Read | None:
     if not beside.any() and len(paired):
         different, which = np.unique(np.stack([ahead[paired], behind[paired]]), axis=1, return_inverse=True)
         duration[paired] = np.array([problem.overlap.duration_ns(f, b) for f, b in different.T.tolist()])[which.ravel()]
-    works[1, works[0] == works[1]] = -1
     return Read(lane // 2, lane % 2, duration, works, doer)
 
 
@@ -190,10 +189,7 @@ Held = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 def _memory_suffices(facts: Demands, read: Read, clock: ArrayTimes) -> bool:
     """Whether every rank keeps its limits at every moment; what ends at a moment is gone before what begins comes."""
     problem = facts.plan.problem
-    workspace = np.array([max(group.workspace_bytes for group in facts.groups(stage))
-                          for stage in range(len(facts.phases))] + [0], dtype=np.int64)
-    held = [*_saved(facts, read, clock), (read.rank, clock.start, clock.end, workspace[read.stages].sum(axis=0)),
-            *clock.in_flight]
+    held = [*_saved(facts, read, clock), (read.rank, clock.start, clock.end, _workspace(facts, read)), *clock.in_flight]
     rank, since, until, size = (np.concatenate([item[at] for item in held]) for at in range(4))
     some = (size > 0) & (until > since)
     rank, moment = np.tile(rank[some], 2), np.concatenate([since[some], until[some]])
@@ -204,6 +200,25 @@ def _memory_suffices(facts: Demands, read: Read, clock: ArrayTimes) -> bool:
     room = np.array([min(device.memory_bytes - facts.resident_bytes(r), limit if limit is not None else 1 << 62)
                      for r, device in enumerate(problem.topology.devices)], dtype=np.int64)
     return bool((level <= room[rank[order]]).all())
+
+
+def _workspace(facts: Demands, read: Read) -> np.ndarray:
+    """What every action needs while it runs, forward and backward; the larger of both where it is one stage's."""
+    count = len(facts.phases)
+    tables = [np.array([max(workspace_bytes(group, ahead) for group in facts.groups(stage)) for stage in range(count)]
+                       + [0], dtype=np.int64) for ahead in (False, True)]
+    works, again = read.stages, _runs_again(facts, read)
+    back = np.where(again, tables[1][works[0]], tables[0][works[0]])
+    front = tables[1][works[1]]
+    return np.where(works[0] == works[1], np.maximum(back, front), back + front)
+
+
+def _runs_again(facts: Demands, read: Read) -> np.ndarray:
+    """Whether an action runs F again."""
+    found = np.zeros(len(read.rank), dtype=bool)
+    doers = read.doer.reshape(len(PARTS), -1)[_R]
+    found[doers[doers >= 0]] = True
+    return found
 
 
 def _saved(facts: Demands, read: Read, clock: ArrayTimes) -> Iterator[Held]:

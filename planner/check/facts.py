@@ -176,6 +176,12 @@ def scaled(amount: int, group: Group, microbatch: int) -> int:
     return round(amount * group.loads[microbatch]) if group.loads else amount
 
 
+def workspace_bytes(group: Group, forward: bool) -> int:
+    """What a group needs while one of its actions runs: F and RECOMPUTE may have a number of their own."""
+    own = group.forward_workspace_bytes if forward else None
+    return group.workspace_bytes if own is None else own
+
+
 def check_placement(plan: Plan) -> None:
     """Raise `PlanError` unless every group is in one stage, stages are in order, and routes lead to replicas."""
     problem, placement = plan.problem, plan.placement

@@ -97,7 +97,12 @@ def _facts(group: Group, made: OpGroup) -> Iterator[tuple[str, object, object]]:
     yield "saved_fi_bytes", group.saved_fi_bytes, made.saved_fi_bytes
     yield "saved_fw_bytes", group.saved_fw_bytes, made.saved_fw_bytes
     yield "saved_iw_bytes", group.saved_iw_bytes, made.saved_iw_bytes
-    yield "workspace_bytes", group.workspace_bytes, max(made.workspace_bytes.values(), default=0)
+    if group.forward_workspace_bytes is None:
+        yield "workspace_bytes", group.workspace_bytes, max(made.workspace_bytes.values(), default=0)
+    else:
+        yield "workspace_bytes", group.workspace_bytes, max(
+            (size for phase, size in made.workspace_bytes.items() if phase is not Phase.F), default=0)
+        yield "forward_workspace_bytes", group.forward_workspace_bytes, made.workspace_bytes.get(Phase.F, 0)
     yield "single", group.single, made.single
 
 

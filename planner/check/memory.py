@@ -8,7 +8,7 @@ from collections.abc import Callable
 from mipipe.graphs.errors import PlanError
 from mipipe.graphs.units import format_bytes
 from mipipe.planner.actions import Action, ActionKind
-from mipipe.planner.check.facts import Demands, Part, part_text, scaled
+from mipipe.planner.check.facts import Demands, Part, part_text, scaled, workspace_bytes
 from mipipe.planner.check.times import CheckedTimes
 
 
@@ -116,9 +116,12 @@ def _hold_saved(facts: Demands, times: CheckedTimes, stage: int, microbatch: int
 
 
 def _hold_workspace(facts: Demands, times: CheckedTimes, action: Action, hold: Callable[..., None]) -> None:
-    """What an action needs while it runs: its largest group's, for each stage it works on."""
+    """What an action needs while it runs: its largest group's, for each stage it works on, forward or backward."""
     part = action.parts()[0]
     begin, end = times.parts[part]
-    size = sum(max(group.workspace_bytes for group in facts.groups(stage))
-               for stage in {stage for _, stage, _ in action.parts()})
-    hold(facts.rank(*part[1:]), begin, end, size)
+    needs: dict[int, int] = {}
+    for kind, stage, _ in action.parts():
+        ahead = kind in (ActionKind.F, ActionKind.RECOMPUTE)
+        largest = max(workspace_bytes(group, ahead) for group in facts.groups(stage))
+        needs[stage] = max(needs.get(stage, 0), largest)
+    hold(facts.rank(*part[1:]), begin, end, sum(needs.values()))

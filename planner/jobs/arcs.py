@@ -45,11 +45,11 @@ def nodes_of(view: StageView) -> Nodes:
     for stage in range(view.num_stages):
         route = np.array(view.placement.routes[stage], dtype=np.int64)
         durations = (view.f_ns[stage], view.f_ns[stage], view.i_ns[stage], view.w_ns[stage])
-        work = np.full(count, view.workspace[stage], dtype=np.int64)
         for name, memory in effects(view, stage).items():
             first[stage, name], kind = len(columns) * count, KINDS.index(name)
             columns.append((np.full(count, stage), np.full(count, kind), np.arange(count), route,
-                            np.array(durations[kind]), memory.alloc, memory.free, work + memory.beside))
+                            np.array(durations[kind]), memory.alloc, memory.free,
+                            memory.beside + view.workspace_of(name, stage)))
     stacked = [np.concatenate([column[at] for column in columns]).astype(np.int64) for at in range(8)]
     return Nodes(first, *stacked)
 

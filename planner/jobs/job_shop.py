@@ -167,7 +167,7 @@ def _memory_arcs(jobs: Jobs, lines: dict[tuple[int, ActionKind, int], list[int]]
                    if held.since is ActionKind.F and held.until in until)
         if last is None or size == 0:
             continue
-        room = (jobs.capacity[jobs.machine[forwards[0]] // 2] - view.workspace[stage]) // size
+        room = (jobs.capacity[jobs.machine[forwards[0]] // 2] - view.forward_workspace[stage]) // size
         arcs += [(last[k], forwards[k + room], 0) for k in range(len(forwards) - room)]
     return arcs
 

@@ -100,10 +100,12 @@ def effects(view: StageView, stage: int) -> dict[ActionKind, Effects]:
 
 
 def workspace(view: StageView, action: Action) -> int:
-    """Workspace of a running action; an overlapped pair needs both stages'."""
+    """Workspace of a running action; an overlapped pair needs its forward's and its backward's, of one stage the
+    larger."""
     if action.partner is None:
-        return view.workspace[action.stage]
-    return sum(view.workspace[stage] for stage in {action.stage, action.partner[0]})
+        return view.workspace_of(action.kind, action.stage)
+    both = view.forward_workspace[action.stage], view.workspace[action.partner[0]]
+    return max(both) if action.partner[0] == action.stage else sum(both)
 
 
 def capacity(view: StageView, rank: int) -> int:
@@ -153,7 +155,8 @@ def carries_bytes(view: StageView) -> bool:
 def searches_see_all(view: StageView) -> bool:
     """Whether what searches count is all that ranks hold: saved tensors, and the workspace of one action at a time. Not
     where values in flight take memory, or a rank's two streams may run at once and each needs a workspace."""
-    needing = [{rank for stage, route in enumerate(view.placement.routes) if view.workspace[stage]
+    needing = [{rank for stage, route in enumerate(view.placement.routes)
+                if (view.workspace[stage] or view.forward_workspace[stage])
                 and (view.streams[stage] is Stream.COLLECTIVE) is collective for rank in route}
                for collective in (False, True)]
     return not (needing[0] & needing[1] or carries_bytes(view))

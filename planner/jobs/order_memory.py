@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from mipipe.planner.actions import ActionKind
+from mipipe.planner.jobs.action_arrays import COMPUTE_KINDS, ActionArrays
 from mipipe.planner.jobs.memory import carries_bytes, holdings, peaks
 from mipipe.planner.jobs.order_times import OrderTimes
+
+FORWARD_KINDS = [COMPUTE_KINDS.index(kind) for kind in (ActionKind.F, ActionKind.RECOMPUTE)]
 
 Interval = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """Columns of intervals of memory: rank, from, to, bytes."""
@@ -29,15 +33,22 @@ def held(times: OrderTimes) -> Interval:
             since, until = (nodes.first[stage, kind] + np.arange(count) for kind in (one.since, one.until))
             found.append((rank, start[since], (start if one.replaced else end)[until],
                           np.array(one.num_bytes, dtype=np.int64)))
-    workspace = np.array(view.workspace, dtype=np.int64)
-    other = np.where((actions.partner[:, 0] >= 0) & (actions.partner[:, 0] != actions.stage),
-                     workspace[actions.partner[:, 0]], 0)
-    found.append((actions.rank, times.start, times.end, workspace[actions.stage] + other))
+    found.append((actions.rank, times.start, times.end, _workspace(actions)))
     if carries_bytes(view):
         found += _in_flight(times, start, end)
     rank, since, until, size = (np.concatenate([item[at] for item in found]) for at in range(4))
     kept = (size > 0) & (until > since)
     return rank[kept], since[kept], until[kept], size[kept]
+
+
+def _workspace(actions: ActionArrays) -> np.ndarray:
+    """Of every action, as `mipipe.planner.jobs.memory.workspace`."""
+    ahead, behind = (np.array(column, dtype=np.int64) for column in (
+        actions.view.forward_workspace, actions.view.workspace))
+    other, stage = actions.partner[:, 0], actions.stage
+    alone = np.where(np.isin(actions.kind, FORWARD_KINDS), ahead[stage], behind[stage])
+    pair = np.where(other == stage, np.maximum(ahead, behind)[stage], ahead[stage] + behind[other])
+    return np.where(other >= 0, pair, alone)
 
 
 def _in_flight(times: OrderTimes, start: np.ndarray, end: np.ndarray) -> list[Interval]:

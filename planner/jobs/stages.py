@@ -31,7 +31,8 @@ class StageEdge:
 class StageView:
     """Per stage and microbatch: durations on the rank the microbatch is routed to, sizes; and the stage edges.
 
-    ``f_ns[s][m]``; ``i_ns[s]`` and ``w_ns[s]`` are None where the stage has no such phase. ``saved_*[s][m]`` in bytes.
+    ``f_ns[s][m]``; ``i_ns[s]`` and ``w_ns[s]`` are None where the stage has no such phase. ``saved_*[s][m]`` in bytes,
+    ``forward_workspace[s]`` of F and RECOMPUTE, ``workspace[s]`` of I and W.
     ``incoming[s]`` and ``outgoing[s]`` index ``edges``.
     """
 
@@ -46,6 +47,7 @@ class StageView:
     saved_iw: tuple[tuple[int, ...], ...]
     kept: tuple[tuple[int, ...], ...]
     workspace: tuple[int, ...]
+    forward_workspace: tuple[int, ...]
     resident_bytes: tuple[int, ...]
     edges: tuple[StageEdge, ...]
     incoming: tuple[tuple[int, ...], ...]
@@ -76,6 +78,11 @@ class StageView:
             return forward + backward
         return self.problem.overlap.duration_ns(forward, backward)
 
+    def workspace_of(self, kind: ActionKind, stage: int) -> int:
+        """Bytes that an elementary action of a stage holds while it runs."""
+        forward = kind in (ActionKind.F, ActionKind.RECOMPUTE)
+        return self.forward_workspace[stage] if forward else self.workspace[stage]
+
     def updates_ns(self) -> list[int]:
         """Per rank the duration of its update at the end of the step (`Group.update_ns`)."""
         found = [0] * self.problem.num_ranks
@@ -101,7 +108,7 @@ def view(problem: PlanningProblem, placement: Placement) -> StageView:
     stage_of = _stage_of_groups(problem, placement)
     _check_routes(problem, placement)
     num_microbatches = problem.num_microbatches
-    f_ns, i_ns, w_ns, fi, fw, iw, kept, workspace, streams = [], [], [], [], [], [], [], [], []
+    f_ns, i_ns, w_ns, fi, fw, iw, kept, workspace, forward_workspace, streams = ([] for _ in range(10))
     for index, stage in enumerate(placement.stages):
         groups = [problem.groups[group] for group in stage.groups]
         if len({group.stream for group in groups}) != 1:
@@ -140,6 +147,7 @@ def view(problem: PlanningProblem, placement: Placement) -> StageView:
                         for m, held in enumerate(saved)) if late else saved)
         kept.append(size("recompute_bytes"))
         workspace.append(max(group.workspace_bytes for group in groups))
+        forward_workspace.append(max(group.forward_workspace for group in groups))
     edges = _stage_edges(problem, stage_of)
     incoming: list[list[int]] = [[] for _ in placement.stages]
     outgoing: list[list[int]] = [[] for _ in placement.stages]
@@ -147,8 +155,8 @@ def view(problem: PlanningProblem, placement: Placement) -> StageView:
         outgoing[edge.source].append(number)
         incoming[edge.target].append(number)
     return StageView(problem, placement, tuple(streams), tuple(f_ns), tuple(i_ns), tuple(w_ns), tuple(fi), tuple(fw),
-                     tuple(iw), tuple(kept), tuple(workspace), _resident(problem, placement), edges,
-                     tuple(map(tuple, incoming)), tuple(map(tuple, outgoing)))
+                     tuple(iw), tuple(kept), tuple(workspace), tuple(forward_workspace), _resident(problem, placement),
+                     edges, tuple(map(tuple, incoming)), tuple(map(tuple, outgoing)))
 
 
 def _resident(problem: PlanningProblem, placement: Placement) -> tuple[int, ...]:

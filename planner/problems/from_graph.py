@@ -115,8 +115,9 @@ def _group(group: OpGroup, times: dict[str, PhaseTimes], resident: int, gradient
     trains = any(phase in group.flops for phase in (Phase.I, Phase.W))
     return Group(group.name, times, Stream.COLLECTIVE if group.collective else Stream.COMPUTE, resident, gradients,
                  group.saved_fi_bytes, group.saved_fw_bytes, group.saved_iw_bytes,
-                 max(group.workspace_bytes.values(), default=0), group.input_bytes if recompute and trains else None,
-                 loads, group.segments, group.tags, group.single)
+                 max((size for phase, size in group.workspace_bytes.items() if phase is not Phase.F), default=0),
+                 group.input_bytes if recompute and trains else None, loads, group.segments, group.tags, group.single,
+                 forward_workspace_bytes=group.workspace_bytes.get(Phase.F, 0))
 
 
 def exchange_groups(coarse: CoarseGraph) -> tuple[tuple[str, ...], ...]:

@@ -147,4 +147,5 @@ def _merged(groups: Sequence[Group]) -> Group:
                           "update_ns")}
     return Group("+".join(group.name for group in groups), times, loads=groups[0].loads, tags=groups[0].tags,
                  workspace_bytes=max(group.workspace_bytes for group in groups),
+                 forward_workspace_bytes=max(group.forward_workspace for group in groups),
                  segments=tuple(segment for group in groups for segment in group.segments), **sizes)

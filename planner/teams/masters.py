@@ -70,18 +70,24 @@ def _with_modes(pricer: Pricer, degrees: Degrees, global_batch: int, options: Te
 def chain_task(pricer: Pricer, degrees: Degrees, microbatches: int,
                recomputation: Recompute | None, whole: bool = True) -> tuple[ChainTask, list[Recompute]]:
     """The master's task for one combination, and the modes its counts are by (``whole``: with that of whole layers)."""
-    model, by_mode = pricer.model, mode_costs(pricer, degrees, recomputation)
+    by_mode = mode_costs(pricer, degrees, recomputation)
     by_mode = {mode: costs for mode, costs in by_mode.items() if whole or mode != "full"}
     runs = runs_of(pricer, by_mode, _mode_cost)
     link = pricer.machine.fabric.link(degrees.team * degrees.copies).link
-    size = max((model.index.num_bytes[value.name] for value in model.graph.values if "float" in value.spec.dtype
-                and model.index.source[value.name] >= 0), default=0)
-    parts = degrees.context * (degrees.tensor if degrees.sequence or pricer.machine.scatter else 1)
-    passing = round(size * degrees.microbatch / model.sequences / parts)
+    passing = passing_bytes(pricer, degrees)
     hop = link.transfer_ns(passing) / 1e9
     room = pricer.machine.usable_bytes - 2 * passing * min(2, degrees.ranks - 1)
     return ChainTask(runs, degrees.ranks, degrees.chunks, microbatches, hop,
                      pricer.machine.kind.achieved.action_ns * 1e-9, room), list(by_mode)
+
+
+def passing_bytes(pricer: Pricer, degrees: Degrees) -> int:
+    """One member's part of the largest value that may pass between two stages."""
+    model = pricer.model
+    size = max((model.index.num_bytes[value.name] for value in model.graph.values if "float" in value.spec.dtype
+                and model.index.source[value.name] >= 0), default=0)
+    parts = degrees.context * (degrees.tensor if degrees.sequence or pricer.machine.scatter else 1)
+    return round(size * degrees.microbatch / model.sequences / parts)
 
 
 def runs_of(pricer: Pricer, by_mode: Mapping[Recompute, Sequence[PieceCost]],
@@ -94,7 +100,7 @@ def runs_of(pricer: Pricer, by_mode: Mapping[Recompute, Sequence[PieceCost]],
 
 def _mode_cost(cost: PieceCost) -> ModeCost:
     return ModeCost(cost.f.total, cost.backward, cost.optimizer, cost.resident, cost.kept,
-                    cost.while_running)
+                    max(cost.while_running, cost.forward_space))
 
 
 def evaluated(pricer: Pricer, degrees: Degrees, answer: StageCounts, modes: Sequence[Recompute], global_batch: int,

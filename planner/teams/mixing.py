@@ -22,7 +22,7 @@ from mipipe.planner.teams.bounds.packing import least_busiest
 from mipipe.planner.teams.effort import EFFORT
 from mipipe.planner.teams.evaluate import TeamResult, schedule_of
 from mipipe.planner.teams.holding import orders_of
-from mipipe.planner.teams.masters import SQUEEZES, evaluated, layers_of, runs_of
+from mipipe.planner.teams.masters import SQUEEZES, evaluated, layers_of, passing_bytes, runs_of
 from mipipe.planner.teams.prices.degrees import Degrees, Recompute
 from mipipe.planner.teams.prices.piece_cost import PieceCost
 from mipipe.planner.teams.prices.pricing import Pricer
@@ -55,7 +55,13 @@ def mix_task(pricer: Pricer, degrees: Degrees, global_batch: int, schedule: str)
     by_mode = mode_costs(pricer, degrees, None)
     mix = rank_mix(pricer, degrees, v_alive(degrees.ranks))
     return MixTask(runs_of(pricer, by_mode, lambda cost: mix_cost(cost, split)), pattern.num_stages, orders_of(pattern),
-                   (pricer.machine.usable_bytes,) * degrees.ranks, 1.0 if mix is None else mix.share), list(by_mode)
+                   _rooms(pricer, degrees), 1.0 if mix is None else mix.share), list(by_mode)
+
+
+def _rooms(pricer: Pricer, degrees: Degrees) -> tuple[int, ...]:
+    """Bytes of every rank's member without the buffers of what passes between stages: a value and its gradient on both
+    sides of a backward, a value on both sides of a forward beside it."""
+    return (pricer.machine.usable_bytes - 6 * passing_bytes(pricer, degrees),) * degrees.ranks
 
 
 def wave_stages(pricer: Pricer, degrees: Degrees, global_batch: int, shape: Shape, alive: float, seconds: float,
@@ -76,7 +82,7 @@ def wave_stages(pricer: Pricer, degrees: Degrees, global_batch: int, shape: Shap
         work, every = (tuple((stage, microbatches, *more) for stage in own) for more in ((0,), ()))
         orders.append(RankOrders(moments, work, work, every, every, own[0], own[-1], own[-1], own[0]))
     task = MixTask(runs_of(pricer, by_mode, lambda cost: mix_cost(cost, True)), stages, tuple(orders),
-                   (pricer.machine.usable_bytes,) * degrees.ranks, 1.0)
+                   _rooms(pricer, degrees), 1.0)
     answer = mixed_counts(task, time_limit_s=seconds, seed=seed)
     return None if answer is None else layers_of(pricer, answer, list(by_mode))
 
@@ -86,7 +92,7 @@ def mix_cost(cost: PieceCost, split: bool) -> MixCost:
     held = kept_apart([cost]) if split else (0, cost.kept, 0)
     path = cost.i.total if split and cost.i is not None else cost.backward
     return MixCost(cost.f.total, cost.backward, path, cost.optimizer, cost.resident, *held,
-                   replace(cost, late=0).while_running if split else cost.while_running)
+                   replace(cost, late=0).while_running if split else cost.while_running, cost.forward_space)
 
 
 @dataclass(frozen=True, slots=True)

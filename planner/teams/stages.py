@@ -30,7 +30,8 @@ KIND = "team"
 class StageCost:
     """A stage's pieces together. ``phases`` holds F, I and W (None where there is none) with the action's overhead in
     their compute; ``kept`` stays from F to the end of I (where that is an action), ``until_w`` from F and ``late`` from
-    I to the end of W; ``exposed_data`` is what copies add to the update, ``optimizer`` the update itself (seconds)."""
+    I to the end of W; ``workspace`` is needed while the backward runs, ``forward_workspace`` while F does;
+    ``exposed_data`` is what copies add to the update, ``optimizer`` the update itself (seconds)."""
 
     pieces: tuple[int, ...]
     phases: tuple[PhaseCost, PhaseCost | None, PhaseCost | None]
@@ -38,6 +39,7 @@ class StageCost:
     until_w: int
     late: int
     workspace: int
+    forward_workspace: int
     weights: int
     gradients: int
     state: int
@@ -113,8 +115,9 @@ def stage_cost(costs: Sequence[PieceCost], pieces: Sequence[int], machine: Machi
         phases.append(total.plus(overhead) if there and paid else total if there or name == "f" else None)
     assert phases[0] is not None
     workspace = max((replace(cost, late=0).while_running if split else cost.while_running for cost in own), default=0)
+    ahead = max((cost.forward_space for cost in own), default=0)
     held_bytes = kept_apart(own) if split else (0, sum(cost.kept for cost in own), 0)
-    return StageCost(tuple(pieces), (phases[0], phases[1], phases[2]), *held_bytes, workspace,
+    return StageCost(tuple(pieces), (phases[0], phases[1], phases[2]), *held_bytes, workspace, ahead,
                      sum(cost.weights for cost in own), sum(cost.gradients for cost in own),
                      sum(cost.state for cost in own),
                      sum(cost.reduce + cost.gather for cost in own) if held else
@@ -161,10 +164,11 @@ def team_problem(model: ModelPieces, degrees: Degrees, machine: Machine, stages:
     """
     count = degrees.ranks
     edges = tuple(_edges(model, degrees, stages, machine.scatter))
-    passing = [0] * len(stages)
+    passing, ahead = [0] * len(stages), [0] * len(stages)
     for edge in edges:
         for end in (edge.source, *edge.targets):
             passing[end] += edge.num_bytes + (edge.grad_bytes or 0)
+            ahead[end] += edge.num_bytes
     groups = []
     for number, stage in enumerate(stages):
         names = [model.pieces[piece].name for piece in (stage.pieces[0], stage.pieces[-1])] if stage.pieces else []
@@ -176,7 +180,8 @@ def team_problem(model: ModelPieces, degrees: Degrees, machine: Machine, stages:
                             gradient_bytes=stage.gradients, saved_fi_bytes=stage.kept, saved_fw_bytes=stage.until_w,
                             saved_iw_bytes=stage.late,
                             workspace_bytes=stage.workspace + passing[number], segments=segments,
-                            update_ns=_ns(stage.exposed_data + stage.optimizer)))
+                            update_ns=_ns(stage.exposed_data + stage.optimizer),
+                            forward_workspace_bytes=stage.forward_workspace + ahead[number]))
     devices = tuple(Device(f"team{rank}", KIND, machine.usable_bytes, f"host{rank}") for rank in range(count))
     stride = degrees.team * degrees.copies
     link = Link() if instant else machine.fabric.link(stride).link

@@ -59,7 +59,7 @@ def promising(pricer: Pricer, points: Sequence[Point], global_batch: int) -> lis
 def _fits_whole(pricer: Pricer, degrees: Degrees) -> bool:
     """Whether nothing needs to run again."""
     costs = pricer.costs(degrees)
-    work = max(cost.gathered + cost.buffers for cost in costs)
+    work = max(max(cost.gathered + cost.buffers, cost.forward_space) for cost in costs)
     held = sum(cost.resident + ALIVE * degrees.ranks * cost.kept for cost in costs)
     return held / degrees.ranks + work <= pricer.machine.usable_bytes
 

@@ -26,11 +26,13 @@ def problems(draw, max_groups: int = 3, max_microbatches: int = 2, max_jobs: int
         phases = PhaseTimes(draw(durations), draw(durations), draw(st.sampled_from([None, 1, 2, 3])))
         groups.append(Group(f"g{g}", {"device": phases}, saved_fi_bytes=draw(st.integers(0, 2)),
                             saved_fw_bytes=draw(st.integers(0, 2)), saved_iw_bytes=draw(st.integers(0, 1)),
-                            resident_bytes=1))
+                            resident_bytes=1, workspace_bytes=draw(st.integers(0, 1)),
+                            forward_workspace_bytes=draw(st.sampled_from([None, 0, 2]))))
     pairs = [(a, b) for a, b in itertools.combinations(range(count), 2) if b == a + 1 or draw(st.booleans())]
     size = draw(st.sampled_from([0, 0, 1, 2]))  # bytes occupy a channel, latency does not
     edges = tuple(GroupEdge(a, (b,), size, size, value=f"v{a}.{b}") for a, b in pairs)
-    one = sum(group.saved_fi_bytes + group.saved_fw_bytes + group.saved_iw_bytes for group in groups)
+    one = sum(group.saved_fi_bytes + group.saved_fw_bytes + group.saved_iw_bytes
+              + max(group.workspace_bytes, group.forward_workspace) for group in groups)
     cap = draw(st.one_of(st.none(), st.integers(one, 2 * one + 1)))
     topology = Topology.uniform(2, latency_ns=draw(st.integers(0, 2)), bytes_per_s=10**9)
     return PlanningProblem("random", tuple(groups), edges, topology, microbatches, limits=Limits(activation_bytes=cap))

@@ -28,7 +28,8 @@ def problems(draw: st.DrawFn, *, max_groups: int = 6, max_ranks: int = 3, max_mi
                             gradient_bytes=draw(st.integers(0, 3)), saved_fi_bytes=draw(st.integers(0, 4)),
                             saved_fw_bytes=draw(st.integers(0, 4)), saved_iw_bytes=draw(st.integers(0, 6)),
                             workspace_bytes=draw(st.integers(0, 2)), loads=loads,
-                            recompute_bytes=draw(st.sampled_from([None, 1]))))
+                            recompute_bytes=draw(st.sampled_from([None, 1])),
+                            forward_workspace_bytes=draw(st.sampled_from([None, 0, 3]))))
     edges = []
     for number in range(1, count):
         sources = {draw(st.integers(0, number - 1))} | ({number - 1} if draw(st.booleans()) else set())
@@ -36,7 +37,8 @@ def problems(draw: st.DrawFn, *, max_groups: int = 6, max_ranks: int = 3, max_mi
             times = groups[source].times["d"]
             gradient = None if times.i_ns is None and times.w_ns is None else 2
             edges.append(GroupEdge(source, (number,), draw(st.integers(0, 3)), gradient, f"v{source}.{number}"))
-    saved = sum(4 * (g.saved_fi_bytes + g.saved_fw_bytes + g.saved_iw_bytes + g.workspace_bytes) + 12 for g in groups)
+    saved = sum(4 * (g.saved_fi_bytes + g.saved_fw_bytes + g.saved_iw_bytes
+                     + max(g.workspace_bytes, g.forward_workspace)) + 12 for g in groups)
     limits = Limits(activation_bytes=draw(st.integers(saved // 4, saved))) if tight else Limits()
     ranks = draw(st.integers(1, max_ranks))
     link = Link(draw(st.integers(0, 3)), draw(st.sampled_from([None, 10**9])))

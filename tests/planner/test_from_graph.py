@@ -46,7 +46,9 @@ def test_every_number_arrives(coarse, costs):
     assert dispatch.times["device"] == PhaseTimes(1, 2, None)
     assert text.times["device"] == PhaseTimes(10, 20, 30)
     assert text.resident_bytes == 1000 + 400 + 2 * 400 and text.gradient_bytes == 400
-    assert (text.saved_fi_bytes, text.saved_fw_bytes, text.saved_iw_bytes, text.workspace_bytes) == (3, 4, 5, 11)
+    assert (text.saved_fi_bytes, text.saved_fw_bytes, text.saved_iw_bytes) == (3, 4, 5)
+    assert (text.workspace_bytes, text.forward_workspace_bytes) == (11, 8)
+    assert (vision.workspace_bytes, vision.forward_workspace_bytes) == (0, 7)  # it has no backward
     assert text.segments == ("t",) and text.recompute_bytes is None
     assert [(edge.source, edge.targets, edge.num_bytes, edge.grad_bytes, edge.value) for edge in problem.edges] == [
         (0, (1, 2), 64, None, "a"), (1, (2,), 32, 16, "b")]

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from mipipe.graphs.errors import PlanError
+from mipipe.graphs.serialize import from_data, to_data
 from mipipe.graphs.topology import Device, Link, Topology
+from mipipe.planner.actions import Action
 from mipipe.planner.bounds.at_placement import placement_bound
 from mipipe.planner.check import check_plan
 from mipipe.planner.comparison_rows import baseline_rows
@@ -18,7 +20,7 @@ from mipipe.planner.execution.measure import measure
 from mipipe.planner.execution.simulate_memory import rank_peaks, sends_fit
 from mipipe.planner.jobs.arrays import build, with_mirrors
 from mipipe.planner.jobs.job_shop import job_shop, peak_memory
-from mipipe.planner.jobs.memory import peaks
+from mipipe.planner.jobs.memory import peaks, workspace
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.plan import Placement, Plan, Stage
@@ -41,6 +43,7 @@ def problem_of(random: Random, no_i: bool, no_w: bool) -> PlanningProblem:
         groups.append(Group(f"g{number}", {"d": times}, saved_fi_bytes=random.randint(0, 9),
                             saved_fw_bytes=random.randint(0, 9), saved_iw_bytes=random.randint(0, 9),
                             workspace_bytes=random.randint(0, 5), recompute_bytes=random.randint(0, 12),
+                            forward_workspace_bytes=random.choice((None, 0, 3, 11)),
                             loads=tuple(random.choice((0.5, 1.0, 2.0)) for _ in range(5)) if number == 1 else ()))
     edges = tuple(GroupEdge(n, (n + 1,), 0, None if n == 0 and no_i and no_w else 0, f"v{n}") for n in range(3))
     link = Link(1, None)
@@ -73,6 +76,26 @@ def test_every_reader_of_the_memory_rule_counts_the_same_bytes(no_i: bool, no_w:
         with pytest.raises(PlanError, match="activations and buffers take"):
             check_plan(Plan("list", problem.replace(limits=Limits(activation_bytes=max(simulated) - 1)), placement,
                             plan.schedule))
+
+
+def test_forwards_and_backwards_have_workspaces_of_their_own() -> None:
+    """RECOMPUTE is a forward; a pair has one of each, of one stage the larger; without a number of their own forwards
+    have that of backwards, in files as well."""
+    groups = (Group("a", {"d": PhaseTimes(1, 1, 1)}, workspace_bytes=10, forward_workspace_bytes=1),
+              Group("b", {"d": PhaseTimes(1, 1, 1)}, workspace_bytes=20))
+    topology = Topology((Device("d0", "d", 100),), Link(), Link())
+    problem = PlanningProblem("two", groups, (GroupEdge(0, (1,), 0, 0, "v"),), topology, 2)
+    stage_view = view(problem, Placement((Stage((0,), (0,)), Stage((1,), (0,))), ((0, 0), (0, 0)), "two"))
+    needs = {"0F0": 1, "0R0": 1, "0I0": 10, "0W0": 10, "0B0": 10, "1F0": 20, "1B0": 20,
+             "(0F1;1B0)OVERLAP_F_B": 21, "(1F1;0B0)OVERLAP_F_B": 30, "(0F1;0B0)OVERLAP_F_B": 10}
+    assert {text: workspace(stage_view, Action.parse(text)) for text in needs} == needs
+    data = to_data(problem)
+    assert from_data(data, PlanningProblem, "file") == problem
+    for group in data["groups"]:
+        del group["forward_workspace_bytes"]
+    old = from_data(data, PlanningProblem, "file")
+    assert [group.forward_workspace for group in old.groups] == [10, 20]
+    assert view(old, stage_view.placement).forward_workspace == view(old, stage_view.placement).workspace
 
 
 def test_sends_are_held_where_there_is_room_for_all_of_them() -> None:

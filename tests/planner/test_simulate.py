@@ -37,7 +37,7 @@ def random_problem(rng: random.Random, ranks: int, microbatches: int) -> Plannin
             f"g{n}", {"a": times, "b": times}, resident_bytes=rng.randint(0, 50), gradient_bytes=rng.randint(least, 40),
             stream=Stream.COLLECTIVE if rng.random() < 0.25 else Stream.COMPUTE, saved_fi_bytes=rng.randint(0, 9),
             saved_fw_bytes=rng.randint(0, 9), saved_iw_bytes=rng.randint(0, 9), workspace_bytes=rng.randint(0, 5),
-            recompute_bytes=rng.randint(0, 3), loads=loads))
+            recompute_bytes=rng.randint(0, 3), loads=loads, forward_workspace_bytes=rng.choice((None, 0, 2, 8))))
     edges = []
     for n in range(1, count):
         source = rng.randrange(n)
@@ -195,8 +195,13 @@ def memory_at(plan: Plan, timeline: Timeline, program, rank: int, now: int) -> i
         for kind, stage, microbatch in action.parts():
             spans[kind, stage, microbatch] = span
         if span.rank == rank and span.start_ns <= now < span.end_ns:
-            total += sum(max(problem.groups[group].workspace_bytes for group in placement.stages[stage].groups)
-                         for stage in {part[1] for part in action.parts()})
+            needs = {}
+            for kind, stage, _ in action.parts():
+                forward = kind in (ActionKind.F, ActionKind.RECOMPUTE)
+                for group in (problem.groups[n] for n in placement.stages[stage].groups):
+                    own = group.forward_workspace_bytes if forward else None
+                    needs[stage] = max(needs.get(stage, 0), group.workspace_bytes if own is None else own)
+            total += sum(needs.values())
     stage_of = {group: s for s, stage in enumerate(placement.stages) for group in stage.groups}
 
     def scaled(size, group, m):

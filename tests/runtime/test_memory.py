@@ -87,7 +87,8 @@ def test_the_peak_is_the_simulated_one(pool, name, ranks):
     inputs = sum(tensor.nbytes for tensor in case.batch(4).values())
     for schedule in ("GPipe", "1F1B", "ZB-V", "DualPipe"):
         plan = next(item for item in BASELINES if item.name == schedule).plan(problem)
-        groups = tuple(dataclasses.replace(group, workspace_bytes=0) for group in problem.groups)
+        groups = tuple(dataclasses.replace(group, workspace_bytes=0, forward_workspace_bytes=0)
+                       for group in problem.groups)
         alone = dataclasses.replace(plan, problem=problem.replace(groups=groups))  # workspace is not measured
         stages, timeline = view(alone.problem, plan.placement), simulate(alone, lower(alone))
         measured = pool.run(ranks, __file__, "peak_of", plan, case.graph, case.state(), case.batch(4))

@@ -51,6 +51,7 @@ CHANGES = [
     (group(0, saved_fw_bytes=7), "saved_fw_bytes 7, the graph gives"),
     (group(0, saved_iw_bytes=7), "saved_iw_bytes 7, the graph gives"),
     (group(1, workspace_bytes=3), "workspace_bytes 3, the graph gives"),
+    (group(1, forward_workspace_bytes=3), "forward_workspace_bytes 3, the graph gives"),
     (group(1, recompute_bytes=3), r"recompute_bytes 3, the graph gives 96 \(or none\)"),
     (group(1, gradient_bytes=0), "gradient_bytes 0 for 128 trainable bytes; other groups have another ratio"),
     (group(2, gradient_bytes=8), "gradient_bytes 8, the graph has 0 trainable bytes there"),

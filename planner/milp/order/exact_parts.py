@@ -100,7 +100,7 @@ def sketch(problem: PlanningProblem, horizon_ns: int | None) -> Sketch:
                   [[value / unit for value in row] for row in exact], arcs, transfers, meets,
                   _meetings(transfers, exact, unit, len(set(stream))), [value / unit for value in head],
                   [value / unit for value in tail], alloc, free,
-                  [problem.groups[g].workspace_bytes for g, _, _ in jobs],
+                  [apart.workspace_of(kind, g) for g, kind, _ in jobs],
                   [sum(problem.groups[g].resident_bytes for g in members) for members in units], horizon / unit, reach,
                   not problem.topology.overrides)
 

@@ -11,8 +11,9 @@ n[r, s, m] pieces of run r are in stage s in mode m (what is recomputed):
     start_p >= sum_s f_s + sum_{s > turn_p} path_s - ahead_p                and the first gradient; what is done before
     end_p >= sum_{s > last_p} f_s + sum_{s >= back_p} path_s - behind_p     the last gradient, after the last forward
     sum_{s on p} resident_s + fi fi_s + fw fw_s + iw iw_s + work_p <= memory_p       at every moment (fi, fw, iw)
-    work_p >= workspace_s, of pairs workspace_s + workspace_t               s, t on p
-    workspace_s >= workspace[r, m] used[r, s, m]                            (the least of longer runs: everywhere)
+    work_p >= back_s, ahead_s, of pairs ahead_s + back_t                    s, t on p
+    back_s >= workspace[r, m] used[r, s, m]                                 (the least of longer runs: everywhere)
+    ahead_s >= forward_workspace[r, m] used[r, s, m]                        (likewise)
     n[r, s, m] <= pieces used[r, s, m]
     runs in their order, no stage empty                                     as there
 
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import permutations
 
 from mipipe.planner.gap import BOUND_SLACK
 from mipipe.planner.milp import highs, pyo
@@ -37,7 +38,8 @@ Held = tuple[tuple[int, int, int, int], ...]
 @dataclass(frozen=True, slots=True)
 class MixCost:
     """One piece of a run in one mode: seconds of a microbatch's forward, its backward and the part of that which others
-    wait for, and of the update; bytes that stay, of a microbatch from F to I, F to W and I to W, and while it runs."""
+    wait for, and of the update; bytes that stay, of a microbatch from F to I, F to W and I to W, and while its backward
+    and its forward run."""
 
     forward: float
     backward: float
@@ -48,6 +50,7 @@ class MixCost:
     fw: int
     iw: int
     workspace: int
+    forward_workspace: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +165,7 @@ def _worse(costs: Sequence[MixCost], mode: int) -> bool:
     """Whether an earlier mode takes no more of anything."""
     def all_of(cost: MixCost) -> tuple[float, ...]:
         return (cost.forward, cost.backward, cost.path, cost.update, cost.resident, cost.fi + cost.fw, cost.fw,
-                cost.iw + cost.fw, cost.workspace)
+                cost.iw + cost.fw, cost.workspace, cost.forward_workspace)
 
     own = all_of(costs[mode])
     return any(all(mine <= its for mine, its in zip(all_of(cost), own, strict=True)) for cost in costs[:mode])
@@ -170,20 +173,25 @@ def _worse(costs: Sequence[MixCost], mode: int) -> bool:
 
 def _workspaces(model: pyo.ConcreteModel, task: MixTask, unit: float) -> None:
     """What runs needs beside what is kept: of the least mode of longer runs everywhere, of others where they are."""
-    stages, ranks = range(task.stages), range(len(task.orders))
-    usual = max((min(cost.workspace for cost in costs) for count, costs in task.runs if count > 1), default=0)
-    model.space = pyo.Var(stages, bounds=(usual / unit, None))
+    stages, ranks, spaces = range(task.stages), range(len(task.orders)), ("workspace", "forward_workspace")
+    usual = {name: max((min(getattr(cost, name) for cost in costs) for count, costs in task.runs if count > 1),
+                       default=0) for name in spaces}
+    model.back = pyo.Var(stages, bounds=(usual["workspace"] / unit, None))
+    model.ahead = pyo.Var(stages, bounds=(usual["forward_workspace"] / unit, None))
     model.work = pyo.Var(ranks, domain=pyo.NonNegativeReals)
     apart = [(r, s, m) for r, (_, costs) in enumerate(task.runs) for s in stages for m, cost in enumerate(costs)
-             if cost.workspace > usual and not _worse(costs, m)]
+             if any(getattr(cost, name) > usual[name] for name in spaces) and not _worse(costs, m)]
     model.used = pyo.Var(apart, domain=pyo.Binary)
     for r, s, m in apart:
         count, costs = task.runs[r]
         model.rows.add(model.n[r, s, m] <= count * model.used[r, s, m])
-        model.rows.add(model.space[s] >= costs[m].workspace / unit * model.used[r, s, m])
+        for own, name in ((model.back, "workspace"), (model.ahead, "forward_workspace")):
+            if getattr(costs[m], name) > usual[name]:
+                model.rows.add(own[s] >= getattr(costs[m], name) / unit * model.used[r, s, m])
     for p in ranks:
-        own = [stage for stage, _, _ in task.orders[p].forwards]
-        for stage in own:
-            model.rows.add(model.work[p] >= model.space[stage])
-        for one, other in combinations(own, 2) if any(pairs for _, _, pairs in task.orders[p].forwards) else ():
-            model.rows.add(model.work[p] >= model.space[one] + model.space[other])
+        here = [stage for stage, _, _ in task.orders[p].forwards]
+        for stage in here:
+            model.rows.add(model.work[p] >= model.back[stage])
+            model.rows.add(model.work[p] >= model.ahead[stage])
+        for one, other in permutations(here, 2) if any(pairs for _, _, pairs in task.orders[p].forwards) else ():
+            model.rows.add(model.work[p] >= model.ahead[one] + model.back[other])

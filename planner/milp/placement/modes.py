@@ -128,7 +128,8 @@ def _build(stage_view: StageView, instance: Instance, may: list[int],
         rate = pressure / room / scale
         given = sum(rate * (sums.area[s, d] - sums.kept_area[s, d]) * model.z[s] for s in chosen)
         model.rows.add(model.makespan >= rate * sums.area[:, d].sum() - given)
-        work = max((stage_view.workspace[s] + max(stage_view.saved_iw[s]) for s in here), default=0)
+        work = max((max(stage_view.forward_workspace[s], stage_view.workspace[s] + max(stage_view.saved_iw[s]))
+                    for s in here), default=0)
         lack = (sums.saved[:, d].sum() + work) / room - 1
         if lack > 0 and not chosen:
             return None

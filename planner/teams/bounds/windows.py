@@ -12,7 +12,8 @@ which goes piece by piece: with prices a and b of memory in both windows a piece
 
     M (f + i + w) - M max(0, f - a kept) - M max(0, i + w - b kept, w - b late) + (a + b) resident
 
-and the rank ``first + last - (a + b) memory`` besides (f, i, w: its seconds of F, I and W; ``late``: what W needs).
+and the rank ``first + last - a ahead - b memory`` besides (f, i, w: its seconds of F, I and W; ``late``: what W needs;
+``ahead`` and ``memory``: what is left while the least forward and the least backward run).
 Each piece counts with the mode of recomputation that adds least. All ranks together hold every piece (the mean over
 ranks bounds all placements); where a piece is on one rank, the busiest rank of the best packing bounds. A window may be
 left out: then nothing of it waits, and the optimizer's update comes after the work.
@@ -126,7 +127,8 @@ def windows_of(model: ModelPieces, by_mode: Mapping[Recompute, Sequence[PieceCos
     f, i, w = (phase_table(own, name) for name in ("f", "i", "w"))
     kept, late = table(own, lambda cost: cost.kept), table(own, lambda cost: cost.late + cost.until_w)
     resident, update = table(own, lambda cost: cost.resident)[0], table(own, lambda cost: cost.optimizer)[0]
-    memory -= min(replace(cost, late=0).while_running for costs in own for cost in costs)
+    rooms = np.array([memory - min(read(cost) for costs in own for cost in costs) for read in (
+        lambda cost: cost.forward_space, lambda cost: replace(cost, late=0).while_running)])
     grid = np.array([(first, last) for first in (np.nan, *SHARES) for last in (np.nan, *SHARES)])
     used = ~np.isnan(grid)
     most = int(np.argmax(np.array(counts) * f[0]))
@@ -136,7 +138,7 @@ def windows_of(model: ModelPieces, by_mode: Mapping[Recompute, Sequence[PieceCos
     after = np.where(used[:, 1, None, None], np.maximum(0.0, np.maximum(i + w - b * kept, w - b * late)), 0.0)
     added = (microbatches * (f + i + w - early - after).min(axis=1) + prices.sum(axis=1)[:, None] * resident
              + np.where(used[:, 1, None], 0.0, update))
-    return IdleWindows(tuple(counts), ranks, added, prices.sum(axis=1) * memory, used, (paths.first, paths.last),
+    return IdleWindows(tuple(counts), ranks, added, prices @ rooms, used, (paths.first, paths.last),
                    2e-9 * (microbatches + len(model.pieces) + 1))
 
 

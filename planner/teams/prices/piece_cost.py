@@ -40,7 +40,9 @@ class PieceCost:
     parameters. ``reduce``, ``gather``: seconds of the gradients' way between copies and of the updated parameters' way
     back, ``optimizer`` of the update itself. ``gathered``: whole gradients, and parameters of this piece and the next,
     where copies hold parts of them; ``buffers``: the largest tensor of a collective, ``workspace`` what is alive within
-    a phase beside arguments and results (of a head: the loss's gradients by the logits).
+    a phase of the backward beside arguments and results (of a head: the loss's gradients by the logits).
+    ``forward_space``: all that it needs while its F runs beside what is kept: gathered parameters, the largest tensor
+    of a collective, and the most that F has in memory at once of what does not stay.
     """
 
     f: PhaseCost
@@ -60,6 +62,7 @@ class PieceCost:
     until_w: int = 0
     workspace: int = 0
     rerun: int = 0
+    forward_space: int = 0
 
     @property
     def backward(self) -> float:

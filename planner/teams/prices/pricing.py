@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mipipe.graphs.costs.collectives import collective_ns
-from mipipe.graphs.costs.estimate_modes import estimated_profile
+from mipipe.graphs.costs.estimate_modes import estimated_profile, forward_alive
 from mipipe.graphs.costs.split_rules import ATTENTION
 from mipipe.graphs.costs.trace_facts import TeamSplit, TraceFacts, trace_facts
 from mipipe.graphs.efficiency import phase_seconds
@@ -26,7 +26,7 @@ from mipipe.planner.problems.from_layers import LayerTimes
 from mipipe.planner.teams.prices.degrees import Degrees, Recompute
 from mipipe.planner.teams.prices.machine import Machine
 from mipipe.planner.teams.prices.piece_cost import Axis, PhaseCost, PieceCost, as_measured, phase_beside
-from mipipe.planner.teams.prices.pieces import ModelPieces
+from mipipe.planner.teams.prices.pieces import ModelPieces, SegmentGroup
 
 ADAM_BYTES = 3 * DTYPE_BYTES["float32"]
 """Optimizer state of a parameter: a master copy and two moments in float32 (Rajbhandari et al., 2020, section 3.1)."""
@@ -49,7 +49,8 @@ class Footprint:
 @dataclass(frozen=True, slots=True)
 class PieceWork:
     """A piece's seconds and bytes of one microbatch on one member, and bytes of its parameters, dense and of experts
-    (``held``; those that train), as `PieceCost` has them; and how many collectives it waits for."""
+    (``held``; those that train), as `PieceCost` has them; what F needs beside what stays, and where nothing but its
+    inputs does (``ahead_again``); and how many collectives it waits for."""
 
     phases: dict[Phase, PhaseCost]
     kept: int
@@ -59,6 +60,8 @@ class PieceWork:
     trained: tuple[int, int]
     buffers: int
     workspace: int
+    ahead: int
+    ahead_again: int
     collectives: int
 
 
@@ -79,6 +82,7 @@ class Pricer:
         self._costs: dict[tuple[int, Degrees, LayerTimes | None], PieceCost] = {}
         self._works: dict[tuple[int, TeamSplit, int, Recompute], PieceWork] = {}
         self._fanouts: dict[str, float] = {}
+        self._held: dict[tuple[int, TeamSplit, Recompute, bool], int] = {}
         self._footprints: dict[TeamSplit, Footprint] = {}
         self._facts: dict[tuple[str, Role, bool], TraceFacts] = {}
 
@@ -110,12 +114,9 @@ class Pricer:
         key = trace.digest, (role, degrees.split), again
         if key in self._profiles:
             return self._profiles[key]
-        known = trace.digest, role, again
         fused, flash, cut = self.machine.kernels
-        if known not in self._facts:
-            self._facts[known] = trace_facts(trace, role, fused=fused, attention_again=again, cut=cut)
         estimate = estimated_profile(trace, role, degrees.split, fused=fused, attention_again=again, flash=flash,
-                                     cut=cut, facts=self._facts[known])
+                                     cut=cut, facts=self.facts(member, degrees))
         plain = degrees.context == degrees.expert == 1 and degrees.tensor > 1 and not again
         modes = self.model.graph.modes
         found = modes.find(trace.digest, degrees.split.mode, degrees.tensor) if plain and modes is not None else None
@@ -124,6 +125,15 @@ class Pricer:
             estimate = with_estimates(found, estimate, self.machine.fused)
         self._profiles[key] = estimate
         return estimate
+
+    def facts(self, member: int, degrees: Degrees) -> TraceFacts:
+        """What estimates know of a segment's trace where layers run again as these degrees say."""
+        trace, role = self.model.trace(member, degrees.recompute), self.model.graph.segments[member].tags.role
+        again = degrees.recompute == "selective"
+        key, (fused, _, cut) = (trace.digest, role, again), self.machine.kernels
+        if key not in self._facts:
+            self._facts[key] = trace_facts(trace, role, fused=fused, attention_again=again, cut=cut)
+        return self._facts[key]
 
     def footprint(self, degrees: Degrees) -> Footprint:
         """The footprint on a team of these degrees."""
@@ -156,9 +166,9 @@ class Pricer:
         piece, work = self.model.kinds[kind], self._work(kind, degrees)
         count = degrees.microbatch / self.model.sequences
         found = dict(work.phases)
-        kept, again, rerun = work.kept, 0, 0
+        kept, again, rerun, ahead = work.kept, 0, 0, work.ahead
         if degrees.recompute == "full" and Phase.I in found and piece.layer is not None:
-            again, kept = kept, self._inputs(piece.members[0], degrees, count)
+            again, kept, ahead = kept, self._inputs(piece.members[0], degrees, count), work.ahead_again
             found[Phase.I] = found[Phase.I].plus(found[Phase.F])
         elif degrees.recompute == "latents":
             rerun = max(0, self._work(kind, replace(degrees, recompute="none")).kept - kept)
@@ -168,7 +178,7 @@ class Pricer:
         if measured is not None and measured.update is not None:
             price = replace(price, optimizer=measured.update)
         return replace(price, buffers=work.buffers, until_w=work.until_w, workspace=work.workspace,
-                       rerun=rerun)
+                       rerun=rerun, forward_space=price.forward_space + ahead)
 
     def _work(self, kind: int, degrees: Degrees) -> PieceWork:
         """What of a piece's cost is the same however copies share state and whether whole layers run again."""
@@ -180,6 +190,7 @@ class Pricer:
         count = degrees.microbatch / self.model.sequences
         found: dict[Phase, PhaseCost] = {}
         kept = until_w = late = dense = experts = trained = trained_experts = buffers = workspace = talks = 0
+        ahead = ahead_buffers = 0
         for member in piece.members:
             profile, fanout = self.profile(member, degrees), self.fanout(member)
             for phase, work in profile.phases.items():
@@ -192,8 +203,13 @@ class Pricer:
                         seconds += machine.kind.achieved.expert_ns * 1e-9
                     cost = PhaseCost(seconds, self._talk(work.collectives, degrees, count, fanout))
                     found[phase] = found[phase].plus(cost) if phase in found else cost
-                    workspace = max(workspace, round(work.workspace_bytes * count))
-                    buffers = max(buffers, *(round(item.num_bytes * count) for item in work.collectives), 0)
+                    alive = round(work.workspace_bytes * count)
+                    largest = max((round(item.num_bytes * count) for item in work.collectives), default=0)
+                    buffers = max(buffers, largest)
+                    if phase is Phase.F:
+                        ahead, ahead_buffers = max(ahead, alive), max(ahead_buffers, largest)
+                    else:
+                        workspace = max(workspace, alive)
                     talks += sum(item.count for item in work.collectives)
             if self.model.index.runs(member, Phase.I) or self.model.index.runs(member, Phase.W):
                 kept += profile.kept.fi + profile.kept.fw
@@ -203,8 +219,39 @@ class Pricer:
                 trained += profile.resident.trainable_dense
                 trained_experts += profile.resident.trainable_experts
         self._works[key] = PieceWork(found, round(kept * count), round(late * count), round(until_w * count),
-                                     (dense, experts), (trained, trained_experts), buffers, workspace, talks)
+                                     (dense, experts), (trained, trained_experts), buffers, workspace,
+                                     *(ahead_buffers + max(ahead, round(self._alive(piece, degrees, again) * count))
+                                       for again in (False, True)), talks)
         return self._works[key]
+
+    def _alive(self, piece: SegmentGroup, degrees: Degrees, again: bool) -> int:
+        """Bytes that a piece's F has in memory at once, of a microbatch as captured, without what stays for the
+        backward; ``again``: nothing does. Values between its segments are there until the last that reads them."""
+        key = piece.kind, degrees.split, degrees.recompute if not again else "none", again
+        if key in self._held:
+            return self._held[key]
+        index, graph, place = self.model.index, self.model.graph, {at: n for n, at in enumerate(piece.members)}
+        parts = degrees.context * (degrees.tensor if degrees.sequence else 1)
+        stays: list[frozenset[str]] = []
+        kept: set[str] = set()
+        for member in piece.members:
+            acts = not again and (index.runs(member, Phase.I) or index.runs(member, Phase.W))
+            stays.append(self.facts(member, degrees).stays if acts else frozenset())
+            kept.update(value for name, value in zip(index.traces[member].inputs, graph.segments[member].inputs,
+                                                     strict=True) if name in stays[-1])
+        most = 0
+        waiting: list[tuple[int, int]] = []
+        for position, member in enumerate(piece.members):
+            trace, segment = self.model.trace(member, degrees.recompute), graph.segments[member]
+            waiting = [(last, size) for last, size in waiting if last >= position]
+            elsewhere = stays[position] | {name for name, value in zip(trace.outputs, segment.outputs, strict=True)
+                                           if value in kept}
+            own = forward_alive(trace, segment.tags.role, degrees.split, self.facts(member, degrees), elsewhere)
+            most = max(most, own + sum(size for _, size in waiting))
+            waiting += [(max((place.get(reader, len(place)) for reader in index.readers[value]), default=position),
+                         -(-index.num_bytes[value] // parts)) for value in segment.outputs if value not in kept]
+        self._held[key] = most
+        return most
 
     def _inputs(self, member: int, degrees: Degrees, count: float) -> int:
         """Bytes of a piece's inputs on one member."""
@@ -249,7 +296,7 @@ class Pricer:
         strides = degrees.tensor, degrees.expert
         weights = gradients = state = 0
         reduce = gather = touched = 0.0
-        gathered = 0
+        gathered = ahead = 0
         for num_bytes, training, copies, stride in zip(held, trained, wide, strides, strict=True):
             parameters = training // size
             shared = [copies if degrees.zero >= stage else 1 for stage in (1, 2, 3)]
@@ -271,13 +318,13 @@ class Pricer:
             if degrees.zero < 3:
                 gather += spent[1]
                 continue
-            gathered += 2 * num_bytes
+            gathered, ahead = gathered + 2 * num_bytes, ahead + 2 * num_bytes
             for phase in (Phase.F, Phase.I):
                 if phase in found:
                     found[phase] = phase_beside(found[phase], spent[2])
         bandwidth = float(self.machine.kind.bytes_per_s or 1) * self.machine.kind.achieved.memory
         return PieceCost(found[Phase.F], found.get(Phase.I), found.get(Phase.W), *kept, weights, gradients, state,
-                         reduce, gather, touched / bandwidth, gathered)
+                         reduce, gather, touched / bandwidth, gathered, forward_space=ahead)
 
 
 def with_estimates(traced: ModeProfile, estimate: ModeProfile, fused: bool) -> ModeProfile:

@@ -9,10 +9,10 @@ import pytest
 from team_config import CONFIG
 
 from mipipe.graphs.capture.model import capture
-from mipipe.graphs.costs.estimate_modes import estimated_profile
+from mipipe.graphs.costs.estimate_modes import estimated_profile, forward_alive
 from mipipe.graphs.costs.fusion import kept
 from mipipe.graphs.costs.split_rules import indivisible, split_rules
-from mipipe.graphs.costs.trace_facts import TeamSplit, heads_of
+from mipipe.graphs.costs.trace_facts import TeamSplit, heads_of, trace_facts
 from mipipe.graphs.modes import CollectiveKind
 from mipipe.graphs.operator_graph import Phase, Role
 from mipipe.graphs.sharding.modes import with_modes
@@ -103,6 +103,20 @@ def test_what_fused_kernels_keep(llama):
     assert attention.fi + attention.fw == pytest.approx(2 * tokens * (3 * hidden + 2 * kv) + statistics, rel=0.01)
     assert mlp.fi + mlp.fw == 2 * tokens * (hidden + 2 * wide)
     assert sizes[Role.HEAD].fi == pytest.approx(4 * tokens * 1024, rel=0.02)  # log-probabilities in float32
+
+
+def test_what_the_forward_holds_for_a_while(llama):
+    """Of eager operators as capture counted it; of fused kernels in an MLP gate, up and their product at once, divided
+    over tensor members, of which gate and up stay for the backward."""
+    for trace, role in traces(llama):
+        facts = trace_facts(trace, role, fused=False)
+        alive = forward_alive(trace, role, TeamSplit(), facts, facts.stays | set(trace.outputs))
+        assert alive == trace.workspace_bytes[Phase.F]
+    trace, role = next(item for item in traces(llama) if item[1] is Role.MLP)
+    facts, inner, rows = trace_facts(trace, role), 512 * 688 * 2, 512 * 256 * 2
+    assert forward_alive(trace, role, TeamSplit(), facts) == 3 * inner
+    assert forward_alive(trace, role, TeamSplit(2), facts) == 3 * inner // 2
+    assert forward_alive(trace, role, TeamSplit(), facts, facts.stays) == inner + rows  # the product, and the result
 
 
 def test_attention_that_runs_again_is_not_kept(llama):

@@ -114,6 +114,30 @@ def test_split_backwards_keep_what_weight_gradients_read(pricer, pieces):
     assert sum(kept_apart(again)[1:]) >= sum(cost.until_w + cost.late for cost in again if cost.again)
 
 
+def test_forwards_have_a_workspace_of_their_own(pieces):
+    """Of a layer: parameters of two layers where they are sharded, no gradients; what attention or the MLP has in
+    memory at once; with teams the sums of the forward. Where layers run again nothing stays: the MLP is the most."""
+    pricer = Pricer(pieces, machine())
+
+    def layer(**degrees):
+        return pricer.costs(Degrees(copies=4, **degrees))[1]
+
+    plain, sharded = layer(), layer(zero=3)
+    inner, rows = 512 * 688 * 2, 512 * 256 * 2
+    weights = 2 * (256 * (2 * 256 + 2 * 128 + 3 * 688) + 2 * 256) + 4 * 16  # and the frequencies of rotations
+    assert plain.forward_space == inner + rows  # what attention gives the MLP stays
+    assert sharded.forward_space == plain.forward_space + 2 * weights
+    assert layer(zero=2).forward_space == plain.forward_space < layer(zero=2).while_running
+    assert layer(recompute="full").forward_space == 3 * inner + rows
+    assert layer(tensor=2).forward_space == inner // 2 + rows + rows
+    result = evaluate_teams(pricer, Degrees(ranks=2, zero=3, copies=2), 8)
+    for group, stage in zip(result.plan.problem.groups, result.stages, strict=True):
+        assert group.forward_workspace_bytes == stage.forward_workspace + rows
+        assert group.workspace_bytes == stage.workspace + 2 * rows
+        assert stage.forward_workspace == max(pricer.costs(result.degrees)[piece].forward_space
+                                              for piece in stage.pieces)
+
+
 def test_recomputation_and_sequence_keep_less_and_take_longer(pricer):
     base = Degrees(ranks=2, tensor=4)
     plain, again, parts = (evaluate_teams(pricer, degrees, 32) for degrees in (

@@ -62,7 +62,7 @@ def _scaled(cost: PieceCost, f: float, i: float, w: float, kept: float, read: fl
     return replace(again, f=forward, i=phase(cost.i, i), w=phase(cost.w, w), **saved,
                    until_w=round(min(200 * kept * whole, 200 * min(kept, read) * cost.until_w)),
                    late=round(60 * late * cost.late), weights=cost.weights // 50, gradients=0, state=0, buffers=0,
-                   workspace=0, gathered=0)
+                   workspace=0, gathered=0, forward_space=round(20 * read * whole))
 
 
 def check(pricer: Pricer, result: TeamResult) -> None:

@@ -54,7 +54,7 @@ def test_orders_by_lists_fit_and_stay_above_the_bounds(pieces, degrees):
     faster than the busiest rank."""
     pricer = Pricer(pieces, machine())
     usual = evaluate_teams(pricer, degrees, 16)
-    pricer = Pricer(pieces, machine(round(1.25 * max(item.peak for item in usual.memory))))
+    pricer = Pricer(pieces, machine(round(1.3 * max(item.peak for item in usual.memory))))
     bound = bound_of(pricer, degrees, 16, None)
     assert bound is not None
     for chunks, turns in ((1, False), (2, True), (3, True)):
@@ -69,7 +69,7 @@ def test_orders_by_lists_fit_and_stay_above_the_bounds(pieces, degrees):
 
 def test_pairs_are_tried_where_they_may_gain(pieces):
     """On slow links, some layers run again where the memory asks for it; nothing that does not fit or is far slower."""
-    pricer = Pricer(pieces, machine(45 * 10**6, host=4, inside=10**9, outside=10**8))
+    pricer = Pricer(pieces, machine(40 * 10**6, host=4, inside=10**9, outside=10**8))
     points = DegreeSpace(pricer, 8, 32, {}, None, None).all()
     guesses = pair_guesses(pricer, points, 32, float("inf"))
     assert guesses[0][0] == min(guess for guess, _ in guesses)
