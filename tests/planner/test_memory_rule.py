@@ -11,7 +11,7 @@ import pytest
 from mipipe.graphs.errors import PlanError
 from mipipe.graphs.serialize import from_data, to_data
 from mipipe.graphs.topology import Device, Link, Topology
-from mipipe.planner.actions import Action
+from mipipe.planner.actions import Action, ActionKind, Stream
 from mipipe.planner.bounds.at_placement import placement_bound
 from mipipe.planner.check import check_plan
 from mipipe.planner.comparison_rows import baseline_rows
@@ -23,10 +23,12 @@ from mipipe.planner.jobs.job_shop import job_shop, peak_memory
 from mipipe.planner.jobs.memory import peaks, workspace
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.jobs.times import evaluate
+from mipipe.planner.milp.order.exact_parts import sketch
 from mipipe.planner.plan import Placement, Plan, Stage
 from mipipe.planner.problem import Group, GroupEdge, Limits, PhaseTimes, PlanningProblem
 from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.schedules import BASELINES
+from mipipe.planner.schedules.cut import merge_streams
 from mipipe.planner.search.lists import RULES, schedule
 
 LACKING = ((False, False), (True, False), (False, True), (True, True))
@@ -89,6 +91,14 @@ def test_forwards_and_backwards_have_workspaces_of_their_own() -> None:
     needs = {"0F0": 1, "0R0": 1, "0I0": 10, "0W0": 10, "0B0": 10, "1F0": 20, "1B0": 20,
              "(0F1;1B0)OVERLAP_F_B": 21, "(1F1;0B0)OVERLAP_F_B": 30, "(0F1;0B0)OVERLAP_F_B": 10}
     assert {text: workspace(stage_view, Action.parse(text)) for text in needs} == needs
+    drawn = sketch(problem, None)
+    assert all(size == (1 if (group, kind) == (0, ActionKind.F) else 10 * group + 10)
+               for (group, kind, _), size in zip(drawn.jobs, drawn.workspace, strict=True))
+    beside = dataclasses.replace(groups[0], stream=Stream.COLLECTIVE)
+    apart = problem.replace(colocate=((0, 1),), groups=(beside, groups[1]))
+    assert [(group.workspace_bytes, group.forward_workspace) for group in merge_streams(apart).groups] == [(20, 20)]
+    apart = apart.replace(groups=(beside, dataclasses.replace(groups[1], forward_workspace_bytes=3)))
+    assert [(group.workspace_bytes, group.forward_workspace) for group in merge_streams(apart).groups] == [(20, 3)]
     data = to_data(problem)
     assert from_data(data, PlanningProblem, "file") == problem
     for group in data["groups"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from team_machine import machine
 
@@ -12,6 +13,7 @@ from mipipe.graphs.errors import MipipeError
 from mipipe.graphs.sharding.modes import with_modes
 from mipipe.planner.teams import space
 from mipipe.planner.teams.bounds.of_degrees import bound_of, packed
+from mipipe.planner.teams.bounds.windows import path_times, windows_of
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
 from mipipe.planner.teams.orders import order_of
 from mipipe.planner.teams.prices.degrees import RECOMPUTE, Degrees, Recompute
@@ -200,6 +202,22 @@ def compare_floors(pricer: Pricer, recompute: Recompute | None = None, *, by_flo
     part.more(lambda: True)
     assert {*part.points} == {point for point in known.points if some(point.degrees)} and part.points
     assert part.combinations < known.combinations
+
+
+def test_windows_have_the_memory_that_their_actions_leave(pieces):
+    """The first what the least forward leaves, the last what the least backward does, by the prices of both."""
+    costs, memory, more = Pricer(pieces, machine()).costs(Degrees(zero=3, copies=2)), 10**8, 10**6
+    paths = path_times(pieces, [cost.f.total for cost in costs], [cost.i.total if cost.i else 0.0 for cost in costs])
+
+    def spared(ahead: int, back: int) -> np.ndarray:
+        own = {id(cost): replace(cost, forward_space=cost.forward_space + ahead, buffers=cost.buffers + back)
+               for cost in costs}
+        return windows_of(pieces, {"none": [own[id(cost)] for cost in costs]}, paths, 2, 8, memory).spared
+
+    first, last = ((spared(0, 0) - spared(*size)) / more for size in ((more, 0), (0, more)))
+    assert (first >= 0).all() and (last >= 0).all() and first.any() and last.any()
+    least = min(cost.forward_space for cost in costs), min(replace(cost, late=0).while_running for cost in costs)
+    assert spared(0, 0) == pytest.approx(first * (memory - least[0]) + last * (memory - least[1]))
 
 
 def test_few_microbatches_in_flight_wait(pieces):
