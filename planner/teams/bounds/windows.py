@@ -127,8 +127,9 @@ def windows_of(model: ModelPieces, by_mode: Mapping[Recompute, Sequence[PieceCos
     f, i, w = (phase_table(own, name) for name in ("f", "i", "w"))
     kept, late = table(own, lambda cost: cost.kept), table(own, lambda cost: cost.late + cost.until_w)
     resident, update = table(own, lambda cost: cost.resident)[0], table(own, lambda cost: cost.optimizer)[0]
-    rooms = np.array([memory - min(read(cost) for costs in own for cost in costs) for read in (
-        lambda cost: cost.forward_space, lambda cost: replace(cost, late=0).while_running)])
+    every = [cost for costs in own for cost in costs]
+    rooms = np.array([memory - min(cost.forward_space for cost in every),
+                      memory - min(replace(cost, late=0).while_running for cost in every)])
     grid = np.array([(first, last) for first in (np.nan, *SHARES) for last in (np.nan, *SHARES)])
     used = ~np.isnan(grid)
     most = int(np.argmax(np.array(counts) * f[0]))

@@ -218,10 +218,11 @@ class Pricer:
             if self.model.index.runs(member, Phase.W):
                 trained += profile.resident.trainable_dense
                 trained_experts += profile.resident.trainable_experts
+        plain, again = (ahead_buffers + max(ahead, round(self._alive(piece, degrees, again) * count))
+                        for again in (False, True))
         self._works[key] = PieceWork(found, round(kept * count), round(late * count), round(until_w * count),
-                                     (dense, experts), (trained, trained_experts), buffers, workspace,
-                                     *(ahead_buffers + max(ahead, round(self._alive(piece, degrees, again) * count))
-                                       for again in (False, True)), talks)
+                                     (dense, experts), (trained, trained_experts), buffers, workspace, plain, again,
+                                     talks)
         return self._works[key]
 
     def _alive(self, piece: SegmentGroup, degrees: Degrees, again: bool) -> int:
