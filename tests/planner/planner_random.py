@@ -26,7 +26,8 @@ def random_problem(random: Random) -> tuple[PlanningProblem, int]:
             f"g{number}", {"d": PhaseTimes(*(random.randrange(1, 1000) for _ in range(3)))},
             resident_bytes=random.randrange(1, 100) * 100 * (9 if edge else 1), saved_fi_bytes=saved[0],
             saved_fw_bytes=saved[1], saved_iw_bytes=saved[2] // 3, workspace_bytes=random.choice([0, 5 * heavy]),
-            recompute_bytes=random.choice([None, 2]), forward_workspace_bytes=random.choice([None, 0, 7 * heavy])))
+            recompute_bytes=random.choice([None, 2]),
+            forward_workspace_bytes=Random(f"{number} {saved}").choice([None, 0, 7 * heavy])))
     size = random.choice([0, 1, 40]) * heavy
     edges = [GroupEdge(n, (n + 1,), size, size, f"v{n}") for n in range(count - 1)]
     if random.random() < 0.3 and count > 6:

@@ -37,7 +37,8 @@ def random_problem(rng: random.Random, ranks: int, microbatches: int) -> Plannin
             f"g{n}", {"a": times, "b": times}, resident_bytes=rng.randint(0, 50), gradient_bytes=rng.randint(least, 40),
             stream=Stream.COLLECTIVE if rng.random() < 0.25 else Stream.COMPUTE, saved_fi_bytes=rng.randint(0, 9),
             saved_fw_bytes=rng.randint(0, 9), saved_iw_bytes=rng.randint(0, 9), workspace_bytes=rng.randint(0, 5),
-            recompute_bytes=rng.randint(0, 3), loads=loads, forward_workspace_bytes=rng.choice((None, 0, 2, 8))))
+            recompute_bytes=rng.randint(0, 3), loads=loads,
+            forward_workspace_bytes=random.Random(f"{n} {times}").choice((None, 0, 2, 8))))
     edges = []
     for n in range(1, count):
         source = rng.randrange(n)
