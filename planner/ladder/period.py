@@ -219,8 +219,8 @@ def period_bound(problem: PlanningProblem) -> Bound:
     """No period is shorter over any placement: the work of a stream, shared out evenly."""
     facts, gain, best = facts_of(problem), pair_gain(problem), Bound(0, "")
     for stream in {group.stream for group in problem.groups}:
-        work = sum(work_of(problem, group, facts.f[g] + facts.i[g] + facts.w[g])
-                   for g, group in enumerate(problem.groups) if group.stream is stream)
+        work = sum(work_of(problem, group, phase[g]) for g, group in enumerate(problem.groups)
+                   if group.stream is stream for phase in (facts.f, facts.i, facts.w))
         found = Bound(-(-gain.shared(work) // problem.num_ranks),
                       f"work of the {stream.value} stream over {problem.num_ranks} devices")
         best = max(best, found, key=lambda bound: bound.ns)

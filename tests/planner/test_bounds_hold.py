@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from mipipe.graphs.errors import PlanError
+from mipipe.graphs.topology import Topology
 from mipipe.planner.bounds.at_placement import placement_bound, problem_bound
 from mipipe.planner.check import check_plan
 from mipipe.planner.execution.lower import lower
@@ -27,7 +28,7 @@ from mipipe.planner.milp.placement import shares
 from mipipe.planner.milp.placement.configurations import configuration_bound
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.plan import Plan
-from mipipe.planner.problem import Limits
+from mipipe.planner.problem import Group, Limits, PhaseTimes, PlanningProblem
 from mipipe.planner.solve import plan
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -75,6 +76,12 @@ def test_bounds_are_below_a_plan_that_exists() -> None:
 def test_the_placement_mip_rounds_loads_as_the_plan_does() -> None:
     """Phase by phase: half of 5, of 4 and of 2 ns are 2, 2 and 1, but half of all three is 6; a plan of 112 exists."""
     assert (shares.free_bound(tight_plan(1071).problem, time_limit_s=5.0, seed=0)[0] or 0) <= 112
+
+
+def test_the_period_s_bound_rounds_loads_as_the_plan_does() -> None:
+    """Half of 5, of 4 and of 2 ns are 2, 2 and 1; half of all three is 6."""
+    groups = (Group("g", {"device": PhaseTimes(5, 4, 2)}, loads=(0.5,) * 3),)
+    assert period_bound(PlanningProblem("half", groups, (), Topology.uniform(1), 3)).ns == 15
 
 
 @pytest.mark.slow
