@@ -33,7 +33,7 @@ from mipipe.planner.explain.binding import explain_plan
 from mipipe.planner.gap import gap_of
 from mipipe.planner.how import How
 from mipipe.planner.ladder import exactly, large, order_rungs, period, placement_rungs
-from mipipe.planner.ladder.activities import Pacing, Polishing, Proving, Tightening
+from mipipe.planner.ladder.activities import Indexing, Pacing, Polishing, Proving, Tightening
 from mipipe.planner.ladder.admission import admit_placement, enter, has_plan, recomputing, take
 from mipipe.planner.ladder.harvest import ANNEALING
 from mipipe.planner.ladder.loop import Activity, loop
@@ -218,6 +218,8 @@ def _activities(run: Run, tuning: large.Tuning | None) -> list[Activity]:
     if run.options.use_search:
         steps["repeating"] = Repeating(run).step
     found = [Activity(name, step, slice_s) for name, step in steps.items()]
+    if run.options.use_milp:
+        found.append(Activity("indexing", Indexing(run).step, SHARES.whole_model * run.options.time_limit_s))
     if run.options.use_search:
         moving = Moving(run)
         found.append(Activity("moving", moving.step, slice_s, progress=lambda: moving.gained,

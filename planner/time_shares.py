@@ -45,8 +45,12 @@ class TimeShares:
     """One call of the placement MIP where nothing else fits."""
     first_slice: float = 0.02
     """The first slice of an activity beside annealing."""
+    whole_model: float = 0.06
+    """The first slice of the time-indexed LP, whose model is built and refuted at once or not at all."""
     longest_slice: float = 0.15
     """One slice of any activity, at most."""
+    half_forgotten: float = 0.05
+    """After which gains and seconds of an activity count half."""
     last_round: float = 0.15
     """What must be left for a last round (`mipipe.planner.search.annealing.finish`)."""
     bounding: float = 0.1

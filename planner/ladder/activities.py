@@ -16,6 +16,7 @@ from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.ladder import order_rungs
 from mipipe.planner.ladder.candidate import Candidate, judge_orders, offer_judged
 from mipipe.planner.ladder.state import Run
+from mipipe.planner.milp.order import time_indexed
 from mipipe.planner.milp.periodic import legs, pattern_mip, staircase
 from mipipe.planner.milp.periodic.pattern import OperationKey, route_names
 from mipipe.planner.search import annealing, follow, pair_search
@@ -28,6 +29,9 @@ WINDOWS = (40, 60, 90)
 
 ROUTES = 4
 """Routes up to which microbatches repeat anything: a ring has one for nearly every microbatch."""
+
+COLUMNS = 20_000
+"""Columns up to which the time-indexed MIP is tried: HiGHS refutes relaxations of so many within about ten seconds."""
 
 WAITING = 3
 """Patterns that wait for a round of annealing, at most."""
@@ -225,3 +229,49 @@ class Proving:
             return False
         order_rungs.prove(run, min(rivals, key=lambda found: found.bound.ns), seconds)
         return True
+
+
+@dataclass(slots=True)
+class Indexing:
+    """Relaxations of the time-indexed MIP for placements small enough for it: a higher bound there, or the proof.
+
+    Of a fixed shape the placement with the lowest bound is next, which keeps the bound over all low; of free
+    placements, where the bound of one says nothing of the others, the best plan's. (Its branch and bound is not for
+    slices: HiGHS looks at the time too seldom in it.) ``models``: None where they are too large; ``ended``: candidates
+    of which relaxations say nothing more.
+    """
+
+    run: Run
+    models: dict[Candidate, time_indexed.Indexed | None] = field(default_factory=dict)
+    ended: set[Candidate] = field(default_factory=set)
+
+    def step(self, seconds: float) -> bool:
+        """Work on one placement; False where none is small enough, or has anything left to prove below the incumbent.
+        """
+        run = self.run
+        waiting = [found for found in run.candidates if found.bounded and found.bound.ns < run.makespan_ns
+                   and found not in self.ended and (found is run.best or run.options.placement != "free")]
+        for found in sorted(waiting, key=lambda found: found.bound.ns):
+            model = self._model(found)
+            if model is None:
+                self.ended.add(found)
+            else:
+                if order_rungs.index(run, found, model, seconds):
+                    self.ended.add(found)
+                return True
+        return False
+
+    def _model(self, found: Candidate) -> time_indexed.Indexed | None:
+        """The candidate's model; None where it has more than `COLUMNS`, or would with a slot for each job, and where
+        there is no bound by its jobs (as in `Tightening`)."""
+        if found not in self.models:
+            rows, ranks = 3 * found.view.num_stages, found.view.problem.num_ranks
+            self.models[found] = None
+            if rows * rows * found.view.problem.num_microbatches // (2 * ranks) <= COLUMNS:
+                try:
+                    model = time_indexed.indexed(found.view, makespan_ns=self.run.makespan_ns, lower_ns=found.bound.ns,
+                                                 max_columns=COLUMNS)
+                    self.models[found] = model if model.exact else None
+                except PlanError as error:
+                    found.notes.append(f"{time_indexed.NAME}: {error}")
+        return self.models[found]

@@ -4,7 +4,8 @@ Activities (`Activity`) share the time by one rule. Each has a *worth*: what it 
 took lately, gains being the shares by which the makespan fell and the bound rose, or by which the lowest bound of a
 candidate fell (a proposal that leaves room for better orders), or by what it says itself (`Activity.progress`: stages
 moved towards a better plan). The worthiest goes next. What gains nothing gets longer slices, more seldom: it may only
-need more time at once, and its seconds count against it. New activities count as worth trying. Where there is more than
+need more time at once, and its seconds count against it. What was long ago counts less, whoever had the time since: of
+activities that gain nothing each gets as much of it. New activities count as worth trying. Where there is more than
 one thread, one of them works for the chosen activity and the others anneal (`mipipe.planner.ladder.race`), or work for
 it as well where they can and it gained more lately, but for the end of the time, which is left to annealing; with one,
 annealing is an activity like the others.
@@ -27,9 +28,6 @@ from mipipe.planner.ladder.harvest import ANNEALING
 from mipipe.planner.ladder.race import TURN_S, Race
 from mipipe.planner.ladder.state import Incumbent, Run
 from mipipe.planner.time_shares import SHARES
-
-FADING = 0.6
-"""What gains and seconds of earlier slices count in the next."""
 
 HOPE = 1e-4
 """Share of the makespan that every activity is thought to gain beyond what it did: what is never tried again never
@@ -66,10 +64,15 @@ class Activity:
         """Gain per second, lately."""
         return (self.gained + HOPE) / max(1e-3, self.spent_s)
 
+    def fade(self, share: float) -> None:
+        """Let earlier slices count less."""
+        self.gained *= share
+        self.spent_s *= share
+
     def note(self, gain: float, seconds: float) -> None:
         """Count a slice."""
-        self.gained = FADING * self.gained + gain
-        self.spent_s = FADING * self.spent_s + max(COUNTED_S, seconds)
+        self.gained += gain
+        self.spent_s += max(COUNTED_S, seconds)
         if gain <= 0:
             self.slice_s *= LONGER
 
@@ -98,6 +101,8 @@ def loop(run: Run, activities: Sequence[Activity], race: Race | None) -> None:
             with beside(run, race if chosen is not annealing else None, threads - 1):
                 active = chosen.step(given)
         seconds = time.monotonic() - began
+        for activity in everything:
+            activity.fade(0.5 ** (seconds / (SHARES.half_forgotten * run.options.time_limit_s)))
         by_annealing, by_others = gains(run.history[max(0, seen - 1):])
         risen = max(0, (run.lowest_ns or 0) - bound) / max(1, bound)
         if chosen is annealing:

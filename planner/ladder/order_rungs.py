@@ -19,7 +19,7 @@ from mipipe.planner.jobs.stages import view
 from mipipe.planner.ladder.candidate import Candidate, candidate, judge, offer_judged
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
-from mipipe.planner.milp.order import job_shop, windows
+from mipipe.planner.milp.order import job_shop, time_indexed, windows
 from mipipe.planner.placements.shapes import resident_fits
 from mipipe.planner.plan import Placement, Schedule
 from mipipe.planner.schedules import BASELINES
@@ -160,6 +160,19 @@ def prove(run: Run, found: Candidate, seconds: float) -> None:
         found.bound = Bound(min(result.bound_ns, found.makespan_ns), "order MIP")
     record(run, "order MIP", found, before, began, result.outcome, bound=result.bound_ns / run.problem.unit_ns)
     _again(result.outcome)
+
+
+def index(run: Run, found: Candidate, model: time_indexed.Indexed, seconds: float) -> bool:
+    """A higher bound at a candidate by relaxations of its time-indexed MIP, up to the incumbent; whether they ended
+    before their time."""
+    began, before = time.monotonic(), found.makespan_ns
+    ended = model.relax(run.makespan_ns, seconds, run.options.seed)
+    bound_ns = model.bound_ns(run.makespan_ns)
+    if bound_ns > found.bound.ns:
+        found.bound = Bound(bound_ns, time_indexed.RELAXED)
+    record(run, time_indexed.RELAXED, found, before, began, model.outcome, bound=bound_ns / run.problem.unit_ns)
+    _again(model.outcome)
+    return ended
 
 
 def _again(outcome: SolverOutcome) -> None:

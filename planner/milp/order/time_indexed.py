@@ -28,6 +28,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 
+from mipipe.planner import clock
 from mipipe.planner.bounds.at_placement import bounding_shop, heads_and_tails, placement_bound, reduce_tails
 from mipipe.planner.jobs.job_shop import Jobs, lines
 from mipipe.planner.jobs.stages import StageView
@@ -37,8 +38,18 @@ from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
 from mipipe.planner.milp.order.job_shop import fits, to_schedule
 from mipipe.planner.plan import Schedule
 
+NAME, RELAXED = "time-indexed MIP", "time-indexed LP"
+"""Of the formulation and its relaxation, where a bound or an order is said to be theirs."""
+
 RELAXATION = {"solver": "ipm", "run_crossover": "off"}
 """Interior points refute these relaxations faster than the simplex method."""
+
+BRANCHING = {"presolve": "off"}
+"""Presolve costs more here than it saves, and looks at the time seldom."""
+
+UNSOLVED = SolverOutcome(SolverStatus.TIME_LIMIT, None, None, 0.0, 0, 0)
+REFUTED = SolverOutcome(SolverStatus.INFEASIBLE, None, None, 0.0, 0, 0)
+"""Of horizons that earliest and latest starts refute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +63,7 @@ class IndexedResult:
 
 
 @dataclass(slots=True)
-class _Grid:
+class SlotGrid:
     """A placement on slots of ``grid`` nanoseconds: per line its jobs, slots, machine; arcs (a, b, slots, shift)."""
 
     jobs: Jobs
@@ -64,59 +75,122 @@ class _Grid:
     arcs: set[tuple[int, int, int, int]]
 
 
-def bound(view: StageView, *, makespan_ns: int, time_limit_s: float, seed: int, lower_ns: int = 0,
-          max_columns: int = 40_000) -> IndexedResult:
-    """The best bound found in time, by bisection between the known bound and an incumbent's makespan.
+@dataclass(slots=True)
+class Indexed:
+    """A placement's grid and what is known of it. In ``unit`` nanoseconds: no makespan is below ``low``, and the
+    relaxation does not refute ``open``.
+
+    ``exact``: slots are units. ``found``: a shorter schedule than was asked for, with its makespan in ns. ``outcome``:
+    of the last solve.
+    """
+
+    grid: SlotGrid
+    unit: int
+    low: int
+    open: int
+    found: tuple[Schedule, int] | None = None
+    outcome: SolverOutcome = UNSOLVED
+
+    @property
+    def exact(self) -> bool:
+        return self.grid.grid == self.unit
+
+    def bound_ns(self, makespan_ns: int) -> int:
+        """The bound, at most the makespan of a schedule known."""
+        return min(self.low * self.unit, makespan_ns if self.found is None else self.found[1])
+
+    def relax(self, makespan_ns: int, time_limit_s: float, seed: int) -> bool:
+        """Raise the bound by relaxations, up to a makespan: in steps that grow fourfold, then by bisection. False
+        where time was up before the end."""
+        deadline = time.monotonic() + time_limit_s
+        self.open = min(self.open, makespan_ns // self.unit)
+        step = 0  # horizons far below the optimum are refuted soonest
+        while self.low < self.open:
+            step = min(4 * step + 1, (self.open - self.low + 1) // 2)
+            horizon = self.low + step - 1
+            if deadline - time.monotonic() <= clock.LEAST_S:
+                return False
+            self._solve(horizon, deadline, seed, relaxed=True)
+            if self.outcome.termination is SolverStatus.INFEASIBLE:
+                self.low = horizon + 1
+            elif self.outcome.termination is SolverStatus.OPTIMAL:
+                self.open = horizon
+            else:
+                return False
+        return True
+
+    def branch(self, makespan_ns: int, time_limit_s: float, seed: int) -> bool:
+        """Branch and bound on "shorter than the makespan", until nothing is. False where time was up before the end;
+        True as well where a solution breaks what the model leaves out (channels): more time shows no more."""
+        deadline, high = time.monotonic() + time_limit_s, makespan_ns // self.unit
+        while self.low < high:
+            if deadline - time.monotonic() <= clock.LEAST_S:
+                return False
+            model = self._solve(high - 1, deadline, seed, relaxed=False)
+            if self.outcome.termination is SolverStatus.INFEASIBLE:
+                self.low = high
+            elif not self.outcome.has_solution or model is None:
+                return False
+            else:
+                drawn = _schedule(self.grid, model)
+                if drawn is None or drawn[1] >= high * self.unit:
+                    return True
+                self.found, high = drawn, drawn[1] // self.unit
+                if self.outcome.termination is SolverStatus.INTERRUPTED:
+                    return False
+        return True
+
+    def _solve(self, horizon: int, deadline: float, seed: int, *, relaxed: bool) -> pyo.ConcreteModel | None:
+        model = build(self.grid, horizon * self.unit, relaxed=relaxed)
+        self.outcome = REFUTED if model is None else highs.solve(
+            model, time_limit_s=max(clock.LEAST_S, deadline - time.monotonic()), seed=seed,
+            options=RELAXATION if relaxed else BRANCHING)
+        return model
+
+
+def indexed(view: StageView, *, makespan_ns: int, lower_ns: int = 0, max_columns: int = 40_000) -> Indexed:
+    """A placement's model.
 
     Args:
         view: the placement.
-        makespan_ns: of some schedule at this placement.
-        time_limit_s, seed: of all solves together.
+        makespan_ns: of the best schedule known, here or at another placement.
         lower_ns: a known bound.
         max_columns: most lines x slots; durations are floored onto a coarser grid if the exact one has more.
 
     Raises:
         PlanError: some activations never fit together.
     """
-    deadline = time.monotonic() + time_limit_s
     jobs = bounding_shop(view)
-    lower = max(lower_ns, placement_bound(view, jobs).ns)
     # every makespan is a multiple of the durations' common divisor; with pairs, which are rounded, of 1
     unit = 1 if jobs.extra else math.gcd(*jobs.durations, *(lag for _, _, lag in jobs.arcs)) or 1
     slots = max(10, max_columns // len(lines(jobs)))
-    exact = makespan_ns // unit <= slots
-    grid = _grid(jobs, unit if exact else -(-makespan_ns // slots))
-    outcome = SolverOutcome(SolverStatus.TIME_LIMIT, None, None, 0.0, 0, 0)
-    low, high = -(-lower // unit), makespan_ns // unit  # in units: proven from below, not refuted from above
-    found: tuple[Schedule, int] | None = None
-    first = exact  # branch and bound on "shorter than the incumbent" proves optimality; then bisection by relaxations
-    while low < high and (left := deadline - time.monotonic()) > 0.1:
-        horizon = high - 1 if first else (low + high - 1) // 2
-        model = build(grid, horizon * unit, relaxed=not first)
-        if model is None:
-            outcome = SolverOutcome(SolverStatus.INFEASIBLE, None, None, 0.0, 0, 0)
-        else:
-            outcome = highs.solve(model, time_limit_s=left / 2 if first else left, seed=seed,
-                                  options=None if first else RELAXATION)
-        if outcome.termination is SolverStatus.INTERRUPTED:
-            break
-        if outcome.termination is SolverStatus.INFEASIBLE:
-            low = horizon + 1
-        elif first and outcome.has_solution and model is not None:
-            drawn = _schedule(grid, model)
-            if drawn is not None and drawn[1] < (makespan_ns if found is None else found[1]):
-                found = drawn
-            high = min(horizon, found[1] // unit) if found else horizon
-            continue
-        else:
-            high = horizon
-        first = False
-    best = makespan_ns if found is None else found[1]
-    schedule, makespan = found or (None, None)
-    return IndexedResult(min(max(lower, low * unit), best), schedule, makespan, outcome)
+    grid = _grid(jobs, unit if makespan_ns // unit <= slots else -(-makespan_ns // slots))
+    lower = max(lower_ns, placement_bound(view, jobs).ns)
+    return Indexed(grid, unit, -(-lower // unit), makespan_ns // unit)
 
 
-def _grid(jobs: Jobs, grid: int) -> _Grid:
+def bound(view: StageView, *, makespan_ns: int, time_limit_s: float, seed: int, lower_ns: int = 0,
+          max_columns: int = 40_000) -> IndexedResult:
+    """The best bound found in time: where the grid is exact, by branch and bound in half of it; then by relaxations.
+
+    Args:
+        view, makespan_ns, lower_ns, max_columns: as of `indexed`.
+        time_limit_s, seed: of all solves together.
+
+    Raises:
+        PlanError: some activations never fit together.
+    """
+    deadline = time.monotonic() + time_limit_s
+    model = indexed(view, makespan_ns=makespan_ns, lower_ns=lower_ns, max_columns=max_columns)
+    if model.exact:
+        model.branch(makespan_ns, 0.5 * (deadline - time.monotonic()), seed)
+    schedule, makespan = model.found or (None, None)
+    if model.outcome.termination is not SolverStatus.INTERRUPTED:
+        model.relax(makespan or makespan_ns, deadline - time.monotonic(), seed)
+    return IndexedResult(model.bound_ns(makespan_ns), schedule, makespan, model.outcome)
+
+
+def _grid(jobs: Jobs, grid: int) -> SlotGrid:
     heads, tails = heads_and_tails(jobs)
     reduce_tails(jobs, tails)
     members = list(lines(jobs).values())
@@ -126,10 +200,10 @@ def _grid(jobs: Jobs, grid: int) -> _Grid:
         (one, first), (two, second) = place[a], place[b]
         if one != two:
             arcs.add((one, two, (jobs.durations[a] + lag) // grid, second - first))
-    return _Grid(jobs, grid, members, [jobs.durations[found[0]] // grid for found in members], heads, tails, arcs)
+    return SlotGrid(jobs, grid, members, [jobs.durations[found[0]] // grid for found in members], heads, tails, arcs)
 
 
-def build(grid: _Grid, horizon_ns: int, *, relaxed: bool) -> pyo.ConcreteModel | None:
+def build(grid: SlotGrid, horizon_ns: int, *, relaxed: bool) -> pyo.ConcreteModel | None:
     """The model of the module docstring for one horizon; None if the windows alone refute it."""
     count = horizon_ns // grid.grid + 1
     limits = []
@@ -145,7 +219,7 @@ def build(grid: _Grid, horizon_ns: int, *, relaxed: bool) -> pyo.ConcreteModel |
             low[t] += low[t - 1]
             high[t] += high[t - 1]
         limits.append((low, high))
-    model = pyo.ConcreteModel(name="time-indexed " + ("LP" if relaxed else "MIP"))
+    model = pyo.ConcreteModel(name=RELAXED if relaxed else NAME)
     model.n = pyo.Var(range(len(grid.lines)), range(count), domain=pyo.Reals if relaxed else pyo.Integers,
                       bounds=lambda _, line, t: (limits[line][0][t], limits[line][1][t]))
     model.goal = pyo.Objective(expr=0)
@@ -154,11 +228,11 @@ def build(grid: _Grid, horizon_ns: int, *, relaxed: bool) -> pyo.ConcreteModel |
     def open_at(line: int, t: int) -> bool:
         return limits[line][0][t] < limits[line][1][t]
 
-    for line in range(len(grid.lines)):
+    for line in clock.asking(range(len(grid.lines)), 1):
         for t in range(1, count):
             if open_at(line, t) or open_at(line, t - 1):
                 model.rows.add(model.n[line, t] >= model.n[line, t - 1])
-    for a, b, wait, shift in grid.arcs:
+    for a, b, wait, shift in clock.asking(grid.arcs, 1):
         for t in range(count):
             if t < wait:
                 if limits[b][1][t] > shift:
@@ -172,20 +246,20 @@ def build(grid: _Grid, horizon_ns: int, *, relaxed: bool) -> pyo.ConcreteModel |
     return model
 
 
-def _machines(model: pyo.ConcreteModel, grid: _Grid, count: int) -> None:
+def _machines(model: pyo.ConcreteModel, grid: SlotGrid, count: int) -> None:
     """At most one job of a machine has started but not ended."""
     machines: dict[int, list[int]] = defaultdict(list)
     for line, members in enumerate(grid.lines):
         if grid.slots[line]:
             machines[grid.jobs.machine[members[0]]].append(line)
     for found in machines.values():
-        for t in range(count):
+        for t in clock.asking(range(count), 64):
             running = sum(model.n[line, t] - (model.n[line, t - grid.slots[line]] if t >= grid.slots[line] else 0)
                           for line in found)
             model.rows.add(running <= 1)
 
 
-def _memory(model: pyo.ConcreteModel, grid: _Grid, count: int) -> None:
+def _memory(model: pyo.ConcreteModel, grid: SlotGrid, count: int) -> None:
     """Bytes taken by what has started less bytes returned by what has ended, in shares of the rank's capacity."""
     jobs = grid.jobs
     ranks: dict[int, list[int]] = defaultdict(list)
@@ -198,7 +272,7 @@ def _memory(model: pyo.ConcreteModel, grid: _Grid, count: int) -> None:
         taken = sum(jobs.alloc[grid.lines[line][0]] * len(grid.lines[line]) for line in found)
         if taken <= room:
             continue
-        for t in range(count):
+        for t in clock.asking(range(count), 64):
             held = 0
             for line in found:
                 job = grid.lines[line][0]
@@ -208,7 +282,7 @@ def _memory(model: pyo.ConcreteModel, grid: _Grid, count: int) -> None:
             model.rows.add(held <= 1 + 1e-9)
 
 
-def _schedule(grid: _Grid, model: pyo.ConcreteModel) -> tuple[Schedule, int] | None:
+def _schedule(grid: SlotGrid, model: pyo.ConcreteModel) -> tuple[Schedule, int] | None:
     """The schedule of an integer solution and its makespan; None if it breaks what the model leaves out (channels)."""
     jobs = grid.jobs
     start = [0] * jobs.count
