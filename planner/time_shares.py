@@ -49,7 +49,7 @@ class TimeShares:
     """The first slice of the time-indexed LP, whose model is built and refuted at once or not at all."""
     longest_slice: float = 0.15
     """One slice of any activity, at most."""
-    half_forgotten: float = 0.05
+    half_forgotten: float = 0.2
     """After which gains and seconds of an activity count half."""
     last_round: float = 0.15
     """What must be left for a last round (`mipipe.planner.search.annealing.finish`)."""

@@ -41,7 +41,8 @@ def check_activations(facts: Demands, times: CheckedTimes) -> None:
             if resident + size > device.memory_bytes:
                 raise PlanError(f"{_moment(facts, times, rank, time_ns)}: takes {_bytes(resident + size)}, of it"
                                 f" {_bytes(resident)} resident, but device {device.name} has"
-                                f" {_bytes(device.memory_bytes)}; run fewer forwards ahead of their gradients")
+                                f" {_bytes(device.memory_bytes)}; run fewer forwards ahead of their gradients, or,"
+                                " where one action needs that much, smaller microbatches")
 
 
 def _bytes(size: int) -> str:

@@ -21,7 +21,7 @@ from mipipe.planner.milp.periodic import legs, pattern_mip, staircase
 from mipipe.planner.milp.periodic.pattern import OperationKey, route_names
 from mipipe.planner.search import annealing, follow, pair_search
 from mipipe.planner.search.orders import Orders
-from mipipe.planner.sizes import BOUNDED_S
+from mipipe.planner.sizes import BOUNDED_S, NEVER_NS
 from mipipe.planner.time_shares import SHARES
 
 WINDOWS = (40, 60, 90)
@@ -237,41 +237,42 @@ class Indexing:
 
     Of a fixed shape the placement with the lowest bound is next, which keeps the bound over all low; of free
     placements, where the bound of one says nothing of the others, the best plan's. (Its branch and bound is not for
-    slices: HiGHS looks at the time too seldom in it.) ``models``: None where they are too large; ``ended``: candidates
-    of which relaxations say nothing more.
+    slices: HiGHS looks at the time too seldom in it.) ``ended``: the makespans from which on relaxations have nothing
+    to say of a candidate: 0 if nothing is left, else the one with which its model was too large.
     """
 
     run: Run
-    models: dict[Candidate, time_indexed.Indexed | None] = field(default_factory=dict)
-    ended: set[Candidate] = field(default_factory=set)
+    models: dict[Candidate, time_indexed.Indexed] = field(default_factory=dict)
+    ended: dict[Candidate, int] = field(default_factory=dict)
 
     def step(self, seconds: float) -> bool:
         """Work on one placement; False where none is small enough, or has anything left to prove below the incumbent.
         """
         run = self.run
         waiting = [found for found in run.candidates if found.bounded and found.bound.ns < run.makespan_ns
-                   and found not in self.ended and (found is run.best or run.options.placement != "free")]
+                   and run.makespan_ns < self.ended.get(found, NEVER_NS)
+                   and (found is run.best or run.options.placement != "free")]
         for found in sorted(waiting, key=lambda found: found.bound.ns):
-            model = self._model(found)
-            if model is None:
-                self.ended.add(found)
-            else:
-                if order_rungs.index(run, found, model, seconds):
-                    self.ended.add(found)
-                return True
+            makespan_ns = run.makespan_ns
+            if not self._small(found):
+                self.ended[found] = makespan_ns
+                continue
+            if order_rungs.index(run, found, self.models[found], seconds):
+                self.ended[found] = 0
+            return True
         return False
 
-    def _model(self, found: Candidate) -> time_indexed.Indexed | None:
-        """The candidate's model; None where it has more than `COLUMNS`, or would with a slot for each job, and where
-        there is no bound by its jobs (as in `Tightening`)."""
-        if found not in self.models:
-            rows, ranks = 3 * found.view.num_stages, found.view.problem.num_ranks
-            self.models[found] = None
-            if rows * rows * found.view.problem.num_microbatches // (2 * ranks) <= COLUMNS:
-                try:
-                    model = time_indexed.indexed(found.view, makespan_ns=self.run.makespan_ns, lower_ns=found.bound.ns,
-                                                 max_columns=COLUMNS)
-                    self.models[found] = model if model.exact else None
-                except PlanError as error:
-                    found.notes.append(f"{time_indexed.NAME}: {error}")
-        return self.models[found]
+    def _small(self, found: Candidate) -> bool:
+        """Whether the candidate has a model of at most `COLUMNS`, now if not before; not where it would have more with
+        a slot for each job, and where there is no bound by its jobs (as in `Tightening`)."""
+        rows, ranks = 3 * found.view.num_stages, found.view.problem.num_ranks
+        if found not in self.models and rows * rows * found.view.problem.num_microbatches // (2 * ranks) <= COLUMNS:
+            try:
+                model = time_indexed.indexed(found.view, makespan_ns=self.run.makespan_ns, lower_ns=found.bound.ns,
+                                             max_columns=COLUMNS)
+            except PlanError as error:
+                found.notes.append(f"{time_indexed.NAME}: {error}")
+                return False
+            if model.exact:
+                self.models[found] = model
+        return found in self.models

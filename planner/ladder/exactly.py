@@ -73,7 +73,7 @@ def climb(run: Run, admit: Callable[[Run, Placement], Candidate | None]) -> None
         shown = time_indexed.bound(best.view, makespan_ns=best.makespan_ns, time_limit_s=run.left,
                                    seed=run.options.seed, lower_ns=best.bound.ns)
         if shown.bound_ns > best.bound.ns:
-            best.bound = Bound(shown.bound_ns, time_indexed.NAME)
+            best.bound = Bound(shown.bound_ns, shown.what)
 
 
 def refuse(problem: PlanningProblem, options: PlanOptions) -> None:

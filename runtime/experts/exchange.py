@@ -194,7 +194,8 @@ def contiguous_map(layers: Sequence[ExpertLayer], size: int, model: str = "") ->
     count = layers[0].num_experts
     if count % size:
         raise InputError(f"{count} experts do not divide over the {size} devices that share them; give a map (mipipe"
-                         " experts --replicas ...), or start another number of copies")
+                         " experts --replicas ...), start another number of copies, or plan with another --degrees"
+                         " expert=")
     return ExpertMap(count, size, tuple(tuple(range(count)) for _ in layers), model)
 
 

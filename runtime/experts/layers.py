@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from mipipe.graphs.errors import InputError, PlanError
 from mipipe.graphs.operator_graph import DTYPE_BYTES, OperatorGraph, Phase, Role, Segment, SegmentTrace
 from mipipe.graphs.operators.expert_kernels import ROUTE
+from mipipe.graphs.sharding.assign import specs_of
 from mipipe.graphs.tracing.parameter_slices import parse_slice
 from mipipe.planner.plan import Plan
 from mipipe.planner.team import Team
@@ -62,6 +63,17 @@ def expert_layers(graph: OperatorGraph) -> tuple[ExpertLayer, ...]:
     return tuple(found)
 
 
+def undivided_tokens(graph: OperatorGraph, members: int) -> int | None:
+    """The tokens of a microbatch that a layer sends to its experts, where they do not divide among the members of a
+    team; None where those of all layers do."""
+    for trace in graph.traces:
+        specs = specs_of(trace)
+        for operator in trace.phase_operators(Phase.F):
+            if operator.kind == ROUTE and specs[operator.inputs[0]].shape[0] % members:
+                return specs[operator.inputs[0]].shape[0]
+    return None
+
+
 def sharers(graph: OperatorGraph) -> int:
     """How many copies of a plan of single devices share the experts of a graph, which was captured, and is charged, so;
     1: all of them, or none."""
@@ -87,11 +99,11 @@ def expert_degree(team: Team | None, graph: OperatorGraph, copies: int) -> int:
         if devices % degree:
             raise InputError(f"expert parallelism: experts were planned to be shared by {degree} devices of a rank, but"
                              f" the run has {devices}, {copies} copies of {team.text()}; start it with as many copies"
-                             f" as make a multiple of {degree}, or plan with --degrees expert={devices}")
+                             f" as make a multiple of {degree}, or plan with another --degrees expert=")
     elif copies % degree:
         by = "planned" if team is not None else "captured"
-        change = f"plan with --degrees expert={copies}" if team is not None else \
-            f"capture with --expert-parallel {copies}"
+        change = "plan with another --degrees expert=" if team is not None else \
+            "capture with another --expert-parallel"
         raise InputError(f"expert parallelism: experts were {by} to be shared by {degree} copies of the plan, but the"
                          f" run has {copies}; start it with --copies {degree}, or a multiple of it, or {change}")
     return degree

@@ -94,11 +94,25 @@ def test_of_a_shape_the_lowest_bound_comes_first_and_of_free_placements_the_best
     assert set(indexing.models) == {free.best} and free.best.bound.ns == lowest.bound.ns
 
 
+def test_a_makespan_between_two_slots_is_refuted() -> None:
+    """Of another placement, whose durations have another divisor."""
+    run = run_at(TWO_WAY, "two-way")
+    between = 114 * TWO_WAY.unit_ns - 1
+    model = time_indexed.indexed(run.candidates[0].view, makespan_ns=between)
+    assert model.relax(between, 20.0, 0) and model.bound_ns(between) == between and model.what == time_indexed.RELAXED
+
+
 def test_what_is_too_large_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activities, "COLUMNS", 1_000)
     with counting() as ledger:
-        assert not Indexing(run_at(TWO_WAY, "two-way")).step(5.0)
+        run = run_at(TWO_WAY, "two-way")
+        indexing = Indexing(run)
+        assert not indexing.step(5.0) and not indexing.step(5.0)
     assert not ledger.rows()
+    monkeypatch.setattr(activities, "COLUMNS", 20_000)
+    assert not indexing.step(5.0)  # not asked again before the incumbent is shorter
+    indexing.ended[run.candidates[0]] = run.makespan_ns + 1
+    assert indexing.step(5.0)
 
 
 def test_a_solve_of_a_shape_ends_with_this_proof() -> None:

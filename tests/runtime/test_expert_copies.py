@@ -240,6 +240,7 @@ def test_matrices_of_experts_in_parts_are_put_together(pool, tmp_path):
     (True, Team({}, 4, expert=3), "shared by 3 copies of the plan, but the run has 4; start it with --copies 3, or a"),
     (True, Team({"tensor": 2}), None), (True, Team({"context": 2, "tensor": 2}, 3, expert=6), None),
     (True, Team({"tensor": 2}, 2, expert=3), "shared by 3 devices of a rank, but the run has 4, 2 copies of tensor 2;"),
+    (True, Team({"tensor": 5}, expert=5), "tokens of a microbatch do not divide among the 5 members of its teams"),
     (False, Team({}, 2, expert=2), "expert-parallel 2 and plan that graph, or plan with --degrees expert=1 or with"),
     (False, Team({"tensor": 2}, 2, expert=4), "expert-parallel 4 and plan that graph, or plan with --degrees exp")])
 def test_which_experts_are_trained(tmp_path, parallel, team, text):
@@ -259,8 +260,8 @@ def test_which_experts_are_trained(tmp_path, parallel, team, text):
     (4, 2, 2, "adam", 0, None), (4, 2, 6, "adam", 1, None), (4, None, 8, "adam", 0, None),
     (1, None, 3, "adam", 0, None), (2, 1, 2, "muon", 1, None),
     (4, None, 2, "adam", 0, "captured to be shared by 4 copies of the plan, but the run has 2; start it with"
-     " --copies 4, or a multiple of it, or capture with --expert-parallel 2"),
-    (4, 2, 3, "adam", 0, "planned to be shared by 2 copies of the plan, but the run has 3; .* --degrees expert=3"),
+     " --copies 4, or a multiple of it, or capture with another --expert-parallel"),
+    (4, 2, 3, "adam", 0, "planned to be shared by 2 copies of the plan, but the run has 3; .* another --degrees"),
     (2, 2, 2, "adafactor", 1, "optimizer adafactor: copies that share its state update some whole parameters each"),
     (2, 2, 4, "muon", 1, "optimizer muon: copies that share its state update some whole parameters each")])
 def test_what_copies_that_share_experts_do_not_do_is_refused_before_they_start(tmp_path, captured, sharing, copies,

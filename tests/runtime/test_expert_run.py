@@ -110,6 +110,7 @@ def test_loads_become_a_map_that_a_run_moves_to(pool, tmp_path):
 @pytest.mark.parametrize("sharing, team", [
     (4, None), pytest.param(2, None, marks=pytest.mark.slow),
     pytest.param(2, Team({"context": 2}, 2, expert=2), marks=pytest.mark.slow),
+    pytest.param(4, Team({"tensor": 2}, 2, expert=4), marks=pytest.mark.slow),
     pytest.param(4, Team({"tensor": 2}, 2, (TeamMode("tensor", "sequence"),), expert=4), marks=pytest.mark.slow)])
 def test_a_run_places_its_experts_again(pool, tmp_path, sharing, team):
     """After every second step, by its own loads, with replicas: the losses of a run that never moves; also where two

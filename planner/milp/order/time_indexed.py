@@ -54,9 +54,11 @@ REFUTED = SolverOutcome(SolverStatus.INFEASIBLE, None, None, 0.0, 0, 0)
 
 @dataclass(frozen=True, slots=True)
 class IndexedResult:
-    """``bound_ns`` at the placement; a schedule and its makespan if the exact grid gave one that is shorter."""
+    """``bound_ns`` at the placement, raised by ``what``; a schedule and its makespan if the exact grid gave one that is
+    shorter."""
 
     bound_ns: int
+    what: str
     schedule: Schedule | None
     makespan_ns: int | None
     outcome: SolverOutcome
@@ -78,7 +80,7 @@ class SlotGrid:
 @dataclass(slots=True)
 class Indexed:
     """A placement's grid and what is known of it. In ``unit`` nanoseconds: no makespan is below ``low``, and the
-    relaxation does not refute ``open``.
+    relaxation does not refute ``open``; ``what`` raised the bound last, if anything here did.
 
     ``exact``: slots are units. ``found``: a shorter schedule than was asked for, with its makespan in ns. ``outcome``:
     of the last solve.
@@ -88,6 +90,7 @@ class Indexed:
     unit: int
     low: int
     open: int
+    what: str = ""
     found: tuple[Schedule, int] | None = None
     outcome: SolverOutcome = UNSOLVED
 
@@ -103,7 +106,7 @@ class Indexed:
         """Raise the bound by relaxations, up to a makespan: in steps that grow fourfold, then by bisection. False
         where time was up before the end."""
         deadline = time.monotonic() + time_limit_s
-        self.open = min(self.open, makespan_ns // self.unit)
+        self.open = min(self.open, -(-makespan_ns // self.unit))
         step = 0  # horizons far below the optimum are refuted soonest
         while self.low < self.open:
             step = min(4 * step + 1, (self.open - self.low + 1) // 2)
@@ -112,30 +115,31 @@ class Indexed:
                 return False
             self._solve(horizon, deadline, seed, relaxed=True)
             if self.outcome.termination is SolverStatus.INFEASIBLE:
-                self.low = horizon + 1
+                self.low, self.what = horizon + 1, RELAXED
             elif self.outcome.termination is SolverStatus.OPTIMAL:
                 self.open = horizon
-            else:
-                return False
+            else:  # before its time: it has nothing to say
+                left = deadline - time.monotonic()
+                return self.outcome.termination is not SolverStatus.INTERRUPTED and left > clock.LEAST_S
         return True
 
     def branch(self, makespan_ns: int, time_limit_s: float, seed: int) -> bool:
         """Branch and bound on "shorter than the makespan", until nothing is. False where time was up before the end;
         True as well where a solution breaks what the model leaves out (channels): more time shows no more."""
-        deadline, high = time.monotonic() + time_limit_s, makespan_ns // self.unit
+        deadline, high = time.monotonic() + time_limit_s, -(-makespan_ns // self.unit)
         while self.low < high:
             if deadline - time.monotonic() <= clock.LEAST_S:
                 return False
             model = self._solve(high - 1, deadline, seed, relaxed=False)
             if self.outcome.termination is SolverStatus.INFEASIBLE:
-                self.low = high
+                self.low, self.what = high, NAME
             elif not self.outcome.has_solution or model is None:
                 return False
             else:
                 drawn = _schedule(self.grid, model)
-                if drawn is None or drawn[1] >= high * self.unit:
+                if drawn is None or drawn[1] >= makespan_ns:
                     return True
-                self.found, high = drawn, drawn[1] // self.unit
+                self.found, makespan_ns, high = drawn, drawn[1], -(-drawn[1] // self.unit)
                 if self.outcome.termination is SolverStatus.INTERRUPTED:
                     return False
         return True
@@ -166,7 +170,7 @@ def indexed(view: StageView, *, makespan_ns: int, lower_ns: int = 0, max_columns
     slots = max(10, max_columns // len(lines(jobs)))
     grid = _grid(jobs, unit if makespan_ns // unit <= slots else -(-makespan_ns // slots))
     lower = max(lower_ns, placement_bound(view, jobs).ns)
-    return Indexed(grid, unit, -(-lower // unit), makespan_ns // unit)
+    return Indexed(grid, unit, -(-lower // unit), -(-makespan_ns // unit))
 
 
 def bound(view: StageView, *, makespan_ns: int, time_limit_s: float, seed: int, lower_ns: int = 0,
@@ -187,7 +191,7 @@ def bound(view: StageView, *, makespan_ns: int, time_limit_s: float, seed: int, 
     schedule, makespan = model.found or (None, None)
     if model.outcome.termination is not SolverStatus.INTERRUPTED:
         model.relax(makespan or makespan_ns, deadline - time.monotonic(), seed)
-    return IndexedResult(model.bound_ns(makespan_ns), schedule, makespan, model.outcome)
+    return IndexedResult(model.bound_ns(makespan_ns), model.what, schedule, makespan, model.outcome)
 
 
 def _grid(jobs: Jobs, grid: int) -> SlotGrid:

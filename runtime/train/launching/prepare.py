@@ -24,7 +24,7 @@ from mipipe.runtime.checkpoints.checkpoint_folder import choose, probe, read_sta
 from mipipe.runtime.checkpoints.checkpoint_run import Start
 from mipipe.runtime.checkpoints.folder_lock import FolderLock
 from mipipe.runtime.engine.batches import check_sizes
-from mipipe.runtime.experts.layers import expert_degree, expert_layers
+from mipipe.runtime.experts.layers import expert_degree, expert_layers, undivided_tokens
 from mipipe.runtime.ranks.groups import ALONE
 from mipipe.runtime.ranks.mesh import check_processes
 from mipipe.runtime.train.config import TrainConfig, read_train_config
@@ -134,6 +134,11 @@ def check_team(plan: Plan, graph: OperatorGraph, config: TrainConfig) -> None:
                          f" captured with {rows}; capture it with --batch {team.microbatch} and plan that")
     if expert_layers(graph):
         expert_degree(team, graph, team.copies)
+        tokens = undivided_tokens(graph, team.members)
+        if tokens is not None:
+            raise InputError(f"plan {plan.name}: {tokens} tokens of a microbatch do not divide among the {team.members}"
+                             f" members of its teams ({team.text()}), each of which sends its part to the experts; plan"
+                             " with --degrees whose members divide them, or capture with another --batch or --seq")
     elif team.expert > 1 and (team.expert != team.axes.get("tensor") or "context" in team.axes):
         raise InputError(f"plan {plan.name}: divides experts over {team.expert} devices, but of a graph captured"
                          f" without --expert-parallel training divides them over the tensor axis of a team alone"
