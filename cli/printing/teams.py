@@ -27,6 +27,8 @@ def print_team(console: Console, result: TeamResult, how: str) -> None:
     say(f"degrees: {degrees.text()} (mesh, fastest axis first: {mesh(result)}); microbatch {degrees.microbatch},"
         f" {result.plan.problem.num_microbatches} microbatches; {zero_text(degrees.zero)};"
         f" recomputation {recompute_text(result)}")
+    if modes_text(result):
+        say(f"modes of branches along the tensor axis: {modes_text(result)}")
     say(f"stages: {len(result.layers)} on {degrees.ranks} rank{'s' * (degrees.ranks > 1)}, {result.schedule}; layers"
         f" per stage {layers_text(result.layers)}")
     rate = result.tokens_per_s_per_device
@@ -64,6 +66,11 @@ def recompute_text(result: TeamResult) -> str:
     if len(pieces) < 2:
         return result.degrees.recompute
     return ", ".join(f"{mode} in {count}" for mode, count in pieces.most_common()) + " pieces"
+
+
+def modes_text(result: TeamResult) -> str:
+    """The branches that have a mode of their own, with it."""
+    return ", ".join(f"{branch} {mode}" for branch, mode in result.plan.provenance["team"]["modes"].items())
 
 
 def zero_text(zero: int) -> str:
@@ -171,7 +178,7 @@ def team_data(result: TeamResult) -> dict[str, Any]:
     """One configuration as JSON data."""
     degrees, times = result.degrees, result.times
     return {
-        "degrees": to_data(degrees),
+        "degrees": to_data(degrees), "modes": result.plan.provenance["team"]["modes"],
         "mesh": mesh(result), "schedule": result.schedule, "layers_per_stage": list(result.layers),
         "microbatches": result.plan.problem.num_microbatches, "global_batch": result.global_batch,
         "step_s": result.seconds, "tokens_per_s_per_device": result.tokens_per_s_per_device,

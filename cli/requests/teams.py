@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,8 @@ from mipipe.graphs.errors import InfeasibleError, InputError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import digest, load, load_data, save
 from mipipe.graphs.units import format_bytes, parse_bytes
-from mipipe.planner.plan import Plan
 from mipipe.planner.problems.from_layers import LayerTimes, entry_of, read_layer_times
 from mipipe.planner.problems.on_cluster import graph_dtype
-from mipipe.planner.team import AXES as TEAM_AXES
-from mipipe.planner.team import TeamMode
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
 from mipipe.planner.teams.options import TeamOptions
 from mipipe.planner.teams.outside import outside
@@ -38,6 +35,8 @@ from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.planner.teams.prices.profiled import profiled_layers
 from mipipe.planner.teams.remedies import remedy
 
+PRICED = ("tensor", "sequence", "batch")
+"""Modes that a branch may have to itself along the tensor axis."""
 LOW: dict[str, LowDtype] = {"fp8": "float8", "float8": "float8", "fp4": "float4", "float4": "float4"}
 """Values of ``--dtype`` by which products run in fewer bits than parameters have."""
 
@@ -50,13 +49,13 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
     described = _cluster(request, cluster, memory)
     given = {} if request.degrees is None else parse_degrees(request.degrees)
     model, note = _graph(graph, seq, dtype, settings, use_cache)
-    pieces = model_pieces(model)
+    by_branch = {} if request.modes is None else parse_modes(request.modes, model)
+    pieces = model_pieces(model, by_branch)
     if request.recomputation not in (None, *pieces.recompute):
         raise InputError(f"--recomputation {request.recomputation}: {model.model} makes no queries, keys and values of"
                          f" latents; expected one of {', '.join(pieces.recompute)}")
     machine = _machine(described, str(cluster), model, dtype, request)
     devices = described.topology.num_devices
-    by_branch = {} if request.modes is None else parse_modes(request.modes, model)
     layers = None if request.layers is None else _layers(request.layers)
     sizes = [given.get("tensor", given.get("sequence", 1)),
              *(given.get(name, 1) for name in ("ranks", "context", "copies"))]
@@ -69,6 +68,9 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
     if full:
         again = request.recomputation or "none"
         degrees = completed(given, devices, request.microbatch or 1, again)
+        if by_branch and degrees.tensor == 1:
+            raise InputError(f"--modes: there is no tensor axis ({degrees.text()}); add tensor=N or sequence=N to"
+                             " --degrees")
         pricer = Pricer(pieces, machine, _measured(request, degrees, pieces))
         result = evaluate_teams(pricer, degrees, global_batch, layers=layers, held=request.held,
                                 schedule=request.schedule or ("interleaved" if degrees.chunks > 1 else "1F1B"))
@@ -89,7 +91,9 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
         if output is not None:
             from mipipe.planner.teams.again import TeamTask, with_task
 
-            save(with_task(_to_run(result, model, by_branch), TeamTask(machine, options)), output)
+            problem = result.plan.problem.replace(graph_digest=digest(model))
+            save(with_task(dataclasses.replace(result.plan, problem=problem),
+                           TeamTask(machine, options, dict(pieces.modes))), output)
     draw(result)
     whole = indivisible_of(pricer.model, result.degrees)
     beyond = outside(pricer, result.degrees)
@@ -100,7 +104,7 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
     if note:
         console.print(note, soft_wrap=True, markup=False)
     print_team(console, result, "evaluated as given" if found is None else found.how())
-    _print_notes(console, whole, beyond, by_branch)
+    _print_notes(console, whole, beyond)
     if found is not None:
         print_runners(console, found)
     if output is not None:
@@ -131,16 +135,12 @@ def _machine(described: Cluster, where: str, model: OperatorGraph, dtype: str | 
     return machine
 
 
-def _print_notes(console: Console, whole: Sequence[str], beyond: Sequence[str],
-                 by_branch: Mapping[str, str]) -> None:
-    """What a reader of the figures should know: what no member shares, what was not validated, modes of branches."""
+def _print_notes(console: Console, whole: Sequence[str], beyond: Sequence[str]) -> None:
+    """What a reader of the figures should know: what no member shares, and what was not validated."""
     for line in whole:
         console.print(f"whole on every member: {line}", soft_wrap=True, markup=False)
     for line in beyond:
         console.print(f"warning: outside what was validated: {line}", soft_wrap=True, markup=False)
-    if by_branch:
-        console.print("modes of branches: " + ", ".join(f"{branch} {mode}" for branch, mode in by_branch.items())
-                      + "; the figures are those of one mode for all")
 
 
 def _measured(request: TeamRequest, degrees: Degrees, model: ModelPieces) -> tuple[LayerTimes, ...] | None:
@@ -175,24 +175,6 @@ def _cluster(request: TeamRequest, cluster: Path | None, memory: str | None) -> 
     return dataclasses.replace(found, topology=topology)
 
 
-def _to_run(result: TeamResult, model: OperatorGraph, by_branch: Mapping[str, str]) -> Plan:
-    """The plan for a graph, with the modes of branches that were asked for.
-
-    Raises:
-        InputError: there is no tensor axis for them to be along.
-    """
-    team = result.plan.team
-    assert team is not None
-    if by_branch and "tensor" not in team.axes:
-        raise InputError(f"--modes: the plan has no tensor axis ({result.degrees.text()}); fix one with --degrees"
-                         " tensor=N or sequence=N")
-    modes = tuple(TeamMode("tensor", mode, tuple(segment.name for segment in model.segments
-                                                 if segment.tags.branch == branch))
-                  for branch, mode in by_branch.items())
-    problem = result.plan.problem.replace(graph_digest=digest(model))
-    return dataclasses.replace(result.plan, problem=problem, team=dataclasses.replace(team, modes=team.modes + modes))
-
-
 def parse_modes(text: str, model: OperatorGraph) -> dict[str, str]:
     """``"vision=batch"`` as a mapping from branches of the model to modes.
 
@@ -203,12 +185,14 @@ def parse_modes(text: str, model: OperatorGraph) -> dict[str, str]:
     found: dict[str, str] = {}
     for part in text.split(","):
         branch, equals, mode = part.strip().partition("=")
-        if not equals or mode not in TEAM_AXES["tensor"]:
-            raise InputError(f"--modes {part.strip()}: expected branch=mode with a mode of"
-                             f" {', '.join(TEAM_AXES['tensor'])}, such as vision=batch")
+        if not equals or mode not in PRICED:
+            raise InputError(f"--modes {part.strip()}: expected branch=mode with a mode of {', '.join(PRICED)}, such as"
+                             " vision=batch" + ("; --degrees expert= divides experts" if mode == "expert" else ""))
         if branch not in branches:
             raise InputError(f"--modes {part.strip()}: {model.model} has "
                              + (f"the branches {', '.join(map(str, branches))}" if branches else "no branches"))
+        if branch in found:
+            raise InputError(f"--modes: {branch} is given twice")
         found[branch] = mode
     return found
 

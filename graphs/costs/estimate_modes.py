@@ -74,8 +74,9 @@ def estimated_profile(trace: SegmentTrace, role: Role, split: TeamSplit, *, fuse
     estimate.compute(work, fused, attention_again)
     talk = ModeCollectives(trace, role, rules, split).by_phase(work)
     axes = {name: size for name, size in (("expert", split.expert), ("context", split.context),
-                                          ("tensor", split.tensor)) if size > 1}
-    layout = Layout.SEQUENCE if split.context > 1 or (split.sequence and split.tensor > 1) else Layout.REPLICATED
+                                          ("tensor", split.tensor), ("batch", split.batch)) if size > 1}
+    layout = Layout.SEQUENCE if split.context > 1 or (split.sequence and split.tensor > 1) else \
+        Layout.BATCH if split.batch > 1 else Layout.REPLICATED
     return ModeProfile(trace.digest, split.mode, axes, (layout,) * len(trace.inputs), (layout,) * len(trace.outputs),
                        estimate.parts(), estimate.resident(), estimate.kept(cut),
                        {phase: estimate.phase_work(phase, made, talk[phase], fused) for phase, made in work.items()})
@@ -108,11 +109,11 @@ class _Estimate:
     def whole(self) -> int:
         """Into how many parts values between blocks are divided."""
         apart = self.split.sequence or self.role in (Role.DISPATCH, Role.EXPERTS, Role.COMBINE)
-        return self.split.context * (self.split.tensor if apart else 1)
+        return self.split.samples_and_positions * (self.split.tensor if apart else 1)
 
     def parts_of(self, name: str) -> int:
         """Into how many parts an activation is divided."""
-        return self.split.context * self.split.tensor if name in self.rules.shared else self.whole()
+        return self.split.samples_and_positions * self.split.tensor if name in self.rules.shared else self.whole()
 
     def degree(self, parameter: str) -> int:
         """Into how many parts a parameter is divided."""
@@ -184,11 +185,11 @@ class _Estimate:
         rows = max(1, flops // (2 * wide * deep))
         size = DTYPE_BYTES[operator.outputs[0].dtype]
         if cut == "bank":
-            rows = -(-rows // (self.split.context * self.split.tensor))
+            rows = -(-rows // (self.split.samples_and_positions * self.split.tensor))
             banks = shape[0] / self.degree(parameter)
             moved = round(size * (rows * (wide + deep) + banks * wide * deep))
             return Product(kind, 2 * rows * wide * deep, moved, max(1, min(wide, deep, round(rows / banks))))
-        rows = -(-rows // (self.split.context if cut != "whole" else self.whole()))
+        rows = -(-rows // (self.split.samples_and_positions if cut != "whole" else self.whole()))
         wide, deep = (-(-wide // self.degree(parameter)), deep) if cut == "columns" else \
             (wide, -(-deep // self.degree(parameter)))
         return Product(kind, 2 * rows * wide * deep, size * (rows * (wide + deep) + wide * deep),
@@ -197,7 +198,7 @@ class _Estimate:
     def phase_work(self, phase: Phase, made: _Work, talk: list[Collective], fused: bool) -> PhaseWork:
         """A phase's work. Its workspace is the eager operators', divided as what the products by columns make; that of
         fused kernels stays on the chip, but for losses."""
-        parts = self.split.context * self.split.tensor if self.rules.has("columns") else self.whole()
+        parts = self.split.samples_and_positions * self.split.tensor if self.rules.has("columns") else self.whole()
         alive = -(-self.trace.workspace_bytes.get(phase, 0) // parts) if self.role is Role.HEAD or not fused else 0
         return PhaseWork(sum(item.flops * item.count for item in made.products), round(made.moved), made.kernels,
                          alive, tuple(made.products), tuple(talk))
@@ -219,7 +220,8 @@ class _Estimate:
             sizes[kind] += size
             if grad is not None:
                 sizes[f"trainable_{kind}"] += size
-                sizes["summed"] += size if self.split.sequence and self.rules.cuts[name] == "whole" else 0
+                apart = self.split.sequence and self.rules.cuts[name] == "whole"
+                sizes["summed"] += size if apart or self.split.batch > 1 else 0
         sizes["dense"] += sum(self.trace.specs[name].num_bytes for name in self.trace.buffers)
         return Resident(**sizes)
 

@@ -7,6 +7,7 @@
 - experts: tokens sent to their experts and back, forward and backward (Lepikhin et al., "GShard", ICLR 2021); every
   member sends its part of the sequence, whatever the mode, and rows are even over experts; in ``tensor`` mode what
   comes back, and its gradient, is gathered;
+- ``batch``: none within a segment;
 - context: keys and values gathered before attention, their gradients reduced and scattered (Dubey et al., "The Llama 3
   herd of models", 2024, section 3.3.2).
 
@@ -49,7 +50,7 @@ class ModeCollectives:
                 specs = {item.name: item.outputs[0] for item in self.trace.operators} | self.trace.specs
                 first = operator is self._banks()[0]
                 spec = specs[operator.inputs[0]] if first else operator.outputs[0]
-                size = -(-spec.num_bytes // (split.context * split.tensor))
+                size = -(-spec.num_bytes // (split.samples_and_positions * split.tensor))
                 if first or operator is self._banks()[-1]:
                     for phase in (Phase.F, Phase.I):
                         if phase in work:
@@ -110,7 +111,7 @@ class ModeCollectives:
     def _context(self, work: dict[Phase, list[Collective]]) -> None:
         specs = {item.name: item.outputs[0] for item in self.trace.operators} | self.trace.specs
         found = next(item for item in self.trace.phase_operators(Phase.F) if item.kind.startswith(ATTENTION))
-        size = sum(specs[name].num_bytes for name in found.inputs[1:3])
+        size = -(-sum(specs[name].num_bytes for name in found.inputs[1:3]) // self.split.batch)
         size = -(-size // (1 if specs[found.inputs[1]].shape[1] % self.split.tensor else self.split.tensor))
         work[Phase.F].append(Collective(CollectiveKind.ALL_GATHER, "context", size))
         if Phase.I in work:

@@ -89,6 +89,18 @@ def fitting(rules: SplitRules, trace: SegmentTrace, members: int, key_heads: int
     return SplitRules(cuts, _shared(trace, rules.products, cuts), rules.products)
 
 
+def only_through(trace: SegmentTrace, rules: SplitRules, name: str) -> bool:
+    """Whether all that F makes of an input goes through products that members share by columns."""
+    reached, through = {name}, False
+    for operator in trace.phase_operators(Phase.F):
+        if not reached.isdisjoint(operator.inputs):
+            if rules.cuts.get(rules.products.get(operator.name, "")) == "columns":
+                through = True
+            else:
+                reached.add(operator.name)
+    return through and reached.isdisjoint(trace.outputs)
+
+
 def weight_of(name: str, trace: SegmentTrace, makers: dict[str, Operator]) -> str | None:
     """The parameter that a value is a view or a copy of."""
     while name not in trace.parameters:

@@ -13,16 +13,23 @@ from mipipe.graphs.operator_graph import Phase, Role, SegmentTrace
 @dataclass(frozen=True, slots=True)
 class TeamSplit:
     """Degrees inside a team: ``tensor`` members share products and heads, ``context`` the sequence, ``expert`` the
-    banks. ``sequence``: activations between blocks are divided over the tensor members too."""
+    banks. ``sequence``: activations between blocks are divided over the tensor members too. ``batch`` members have
+    their samples each, and parameters whole."""
 
     tensor: int = 1
     context: int = 1
     expert: int = 1
     sequence: bool = False
+    batch: int = 1
 
     @property
     def mode(self) -> str:
-        return "sequence" if self.sequence else "tensor"
+        return "batch" if self.batch > 1 else "sequence" if self.sequence else "tensor"
+
+    @property
+    def samples_and_positions(self) -> int:
+        """Into how many parts the rows of every activation are divided, whatever shares products."""
+        return self.context * self.batch
 
 
 def heads_of(trace: SegmentTrace) -> tuple[int, int] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from mipipe.graphs.errors import InfeasibleError, InputError, MipipeError, TimeUpError
@@ -33,11 +33,12 @@ KEY = "task"
 
 @dataclass(frozen=True, slots=True)
 class TeamTask:
-    """What a plan of teams was made for: devices, all alike, and what was fixed."""
+    """What a plan of teams was made for: devices, all alike, what was fixed, and modes of branches."""
 
     __pydantic_config__: ClassVar = STRICT
     machine: Machine
     options: TeamOptions
+    modes: dict[str, str] = field(default_factory=dict)
 
 
 def with_task(plan: Plan, task: TeamTask) -> Plan:
@@ -82,14 +83,14 @@ def made_again(plan: Plan, graph: OperatorGraph, devices: int, *, copies: int, l
     """
     began = time.monotonic()
     task, rows = task_of(plan), rows_of(graph)
-    pricer = Pricer(model_pieces(graph), task.machine)
+    pricer = Pricer(model_pieces(graph, task.modes), task.machine)
     limit_s, refused = seconds or task.options.time_limit_s, list[tuple[dict[str, int], tuple[TeamMode, ...]]]()
     until = began + limit_s
     own = tuple(item for item in (plan.team or Team({})).modes if item.segments and item.mode != "expert")
 
     def with_own(team: Team | None) -> Team:
         assert team is not None
-        return team if "tensor" not in team.axes else replace(team, modes=team.modes + own)
+        return team if "tensor" not in team.axes or pricer.model.modes else replace(team, modes=team.modes + own)
 
     def wanted(degrees: Degrees) -> bool:
         team = with_own(team_of(pricer.model, degrees, task.machine.kind.name))

@@ -27,6 +27,8 @@ def team_of(model: ModelPieces, degrees: Degrees, kind: str, recompute: Sequence
     graph = model.graph
     axes = {name: size for name, size in (("context", degrees.context), ("tensor", degrees.tensor)) if size > 1}
     modes = [TeamMode("tensor", "sequence")] if degrees.sequence and degrees.tensor > 1 else []
+    modes += [TeamMode("tensor", mode, tuple(item.name for item in graph.segments if item.tags.branch == branch))
+              for branch, mode in model.own_modes(degrees).items()]
     experts = tuple(segment.name for segment in graph.segments if segment.tags.role is Role.EXPERTS)
     if degrees.expert > 1 and degrees.tensor > 1 and experts and not exchanges(graph):
         modes.append(TeamMode("tensor", "expert", experts))

@@ -228,7 +228,7 @@ def result_of(pricer: Pricer, degrees: Degrees, global_batch: int, plan: Plan, s
     facts = {"team": {"degrees": degrees.text(), "schedule": schedule, "microbatch": degrees.microbatch,
                       "global_batch": global_batch, "recompute": degrees.recompute, "zero": degrees.zero,
                       "layers": list(layers), "devices": degrees.devices,
-                      "branches": branches_of(pricer.model.graph),
+                      "branches": branches_of(pricer.model.graph), "modes": pricer.model.own_modes(degrees),
                       "expert_parallel": int(pricer.model.graph.source.get("expert_parallel", 1))}}
     made = replace(plan, provenance={**plan.provenance, **facts}, team=team)
     return TeamResult(made, degrees, schedule, layers, tuple(stages),

@@ -84,10 +84,10 @@ def chain_task(pricer: Pricer, degrees: Degrees, microbatches: int,
 def passing_bytes(pricer: Pricer, degrees: Degrees) -> int:
     """One member's part of the largest value that may pass between two stages."""
     model = pricer.model
-    size = max((model.index.num_bytes[value.name] for value in model.graph.values if "float" in value.spec.dtype
-                and model.index.source[value.name] >= 0), default=0)
-    parts = degrees.context * (degrees.tensor if degrees.sequence or pricer.machine.scatter else 1)
-    return round(size * degrees.microbatch / model.sequences / parts)
+    sizes = [model.index.num_bytes[value.name] * degrees.microbatch / model.sequences / (
+        degrees.team if pricer.machine.scatter else model.parts_between(model.index.source[value.name], degrees))
+        for value in model.graph.values if "float" in value.spec.dtype and model.index.source[value.name] >= 0]
+    return round(max(sizes, default=0.0))
 
 
 def runs_of(pricer: Pricer, by_mode: Mapping[Recompute, Sequence[PieceCost]],

@@ -34,7 +34,7 @@ from mipipe.planner.teams.masters import chunks_of, solved_master
 from mipipe.planner.teams.options import TeamOptions
 from mipipe.planner.teams.orders import LATER, ordered, paired
 from mipipe.planner.teams.prices.degrees import Degrees, Recompute, check_given, completed
-from mipipe.planner.teams.prices.pieces import misfit
+from mipipe.planner.teams.prices.pieces import misfit, samples_misfit
 from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.planner.teams.space import DegreeSpace, Point, anything, promise
 from mipipe.planner.teams.waves import listed, promising, shapes_of
@@ -247,7 +247,9 @@ def _waved(pricer: Pricer, results: list[TeamResult], waiting: list[Point], glob
 def _why_none(pricer: Pricer, count: int, options: TeamOptions, devices: int, global_batch: int) -> str:
     """Why no degrees are left: what is fixed does not divide, or memory is short."""
     if not count and options.given:
-        reason = misfit(pricer.model, completed(options.given, devices, options.microbatch or 1, "none"), global_batch)
+        fixed = completed(options.given, devices, options.microbatch or 1, "none")
+        most = replace(fixed, microbatch=options.microbatch or max(1, global_batch // fixed.copies))
+        reason = misfit(pricer.model, fixed, global_batch) or samples_misfit(pricer.model, most)
         if reason is not None:
             return f"no plan exists: {reason}"
     if not count:

@@ -13,7 +13,7 @@ from mipipe.graphs.costs.split_rules import ATTENTION
 from mipipe.graphs.operator_graph import DTYPE_BYTES, Role
 from mipipe.planner.teams.bounds.of_degrees import bound_of, seconds_in_kernels
 from mipipe.planner.teams.prices.degrees import Degrees, Recompute
-from mipipe.planner.teams.prices.pieces import ModelPieces, misfit
+from mipipe.planner.teams.prices.pieces import ModelPieces, misfit, samples_misfit
 from mipipe.planner.teams.prices.pricing import ADAM_BYTES, GRADIENT_BYTES, Pricer
 
 
@@ -110,8 +110,12 @@ class DegreeSpace:
         self.combinations = 0
         self._lines: dict[Degrees, list[list[Degrees]]] = {}
         least = least_seconds(pricer) * global_batch / devices
+
+        def fits(degrees: Degrees) -> bool:
+            return samples_misfit(pricer.model, degrees) is None and wanted(degrees)
+
         for base in all_degrees(pricer.model, devices, global_batch, given):
-            lines = list(variants(base, global_batch, given, microbatch, wanted))
+            lines = list(variants(base, global_batch, given, microbatch, fits))
             self.combinations += sum(len(line) for line in lines)
             lines = [made for line in lines if (made := _fitting(pricer, line))]
             if lines:

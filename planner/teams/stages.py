@@ -203,8 +203,7 @@ def _edges(model: ModelPieces, degrees: Degrees, stages: Sequence[StageCost], sc
     sends a part; that receivers gather it over fast links is left out (Narayanan et al., SC 2021, section 4.1)."""
     stage_of = {member: number for number, stage in enumerate(stages) for piece in stage.pieces
                 for member in model.pieces[piece].members}
-    parts = degrees.context * (degrees.tensor if degrees.sequence or scatter else 1)
-    scale = degrees.microbatch / model.sequences / parts
+    scale = degrees.microbatch / model.sequences
     found = []
     for value in model.graph.values:
         source = model.index.source[value.name]
@@ -213,7 +212,8 @@ def _edges(model: ModelPieces, degrees: Degrees, stages: Sequence[StageCost], sc
         home = stage_of[source]
         targets = tuple(sorted({stage_of[reader] for reader in model.index.readers[value.name]} - {home}))
         if targets:
-            size = round(model.index.num_bytes[value.name] * scale)
+            parts = degrees.team if scatter else model.parts_between(source, degrees)
+            size = round(model.index.num_bytes[value.name] * scale / parts)
             back = size if value.name in model.index.returns_grad else None
             found.append(GroupEdge(home, targets, size, back, value.name))
     return found

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -15,8 +15,10 @@ from mipipe.graphs.coarse.graph_index import GraphIndex, index_graph
 from mipipe.graphs.coarse.totals import model_flops
 from mipipe.graphs.costs.latents import with_latents_again
 from mipipe.graphs.costs.split_rules import indivisible, split_rules
-from mipipe.graphs.costs.trace_facts import heads_of
+from mipipe.graphs.costs.trace_facts import TeamSplit, heads_of
 from mipipe.graphs.errors import InputError
+from mipipe.graphs.exchange import exchanges
+from mipipe.graphs.modes import Layout
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role, SegmentTrace
 from mipipe.planner.teams.prices.degrees import RECOMPUTE, Degrees, Recompute
 
@@ -36,6 +38,7 @@ class ModelPieces:
     """A graph in pieces, in topological order. ``kinds[k]`` is the first piece of kind k.
 
     ``sequences`` are those of a microbatch as captured, ``tokens`` of one sequence (None: the model has no tokens).
+    ``modes``: along the tensor axis, of the branches that have their own.
     """
 
     graph: OperatorGraph
@@ -44,6 +47,43 @@ class ModelPieces:
     kinds: tuple[SegmentGroup, ...]
     sequences: int
     tokens: int | None
+    modes: Mapping[str, str] = field(default_factory=dict)
+
+    def own_modes(self, degrees: Degrees) -> dict[str, str]:
+        """The modes of branches that are not that of all others, where a team has a tensor axis for them."""
+        usual = degrees.split.mode
+        return {branch: mode for branch, mode in self.modes.items() if degrees.tensor > 1 and mode != usual}
+
+    def mode(self, member: int, degrees: Degrees) -> str:
+        """The mode of a segment (by index) along the tensor axis."""
+        own = self.modes.get(self.graph.segments[member].tags.branch or "") if degrees.tensor > 1 else None
+        return own or degrees.split.mode
+
+    def split(self, member: int, degrees: Degrees) -> tuple[TeamSplit, float]:
+        """How a team divides the microbatch of a segment (by index) as captured, and the share of it that is left to
+        divide: in ``batch`` mode members have whole samples, of which the captured microbatch may have too few."""
+        mode = self.mode(member, degrees)
+        if mode != "batch":
+            return TeamSplit(degrees.tensor, degrees.context, degrees.expert, mode == "sequence"), 1.0
+        members = math.gcd(degrees.tensor, self.sequences)
+        return TeamSplit(1, degrees.context, degrees.expert, batch=members), members / degrees.tensor
+
+    def parts_between(self, member: int, degrees: Degrees) -> int:
+        """Into how many parts a team divides what a segment (by index) gives to others."""
+        return degrees.context * (1 if self.mode(member, degrees) == "tensor" else degrees.tensor)
+
+    def layout(self, name: str, member: int, degrees: Degrees) -> Layout:
+        """How a value lies along the tensor axis between segments in the mode of this one (by index)."""
+        mode, shape = self.mode(member, degrees), self.shapes[name]
+        if mode == "batch":
+            return Layout.BATCH
+        length = shape[1] if len(shape) == 3 else shape[0] // self.sequences if shape else 1
+        return Layout.SEQUENCE if mode == "sequence" and length % degrees.tensor == 0 else Layout.REPLICATED
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of every value."""
+        return {value.name: value.spec.shape for value in self.graph.values}
 
     @property
     def layers(self) -> list[int]:
@@ -103,9 +143,18 @@ class ModelPieces:
                    if item.tied_to is None and not item.buffer)
 
 
-def model_pieces(graph: OperatorGraph) -> ModelPieces:
-    """The pieces of a graph captured at the granularity of blocks or layers."""
-    index = index_graph(graph)
+def model_pieces(graph: OperatorGraph, modes: Mapping[str, str] | None = None) -> ModelPieces:
+    """The pieces of a graph captured at the granularity of blocks or layers, whose branches have these ``modes``.
+
+    Raises:
+        InputError: a branch in ``batch`` mode looks at several samples at once.
+    """
+    _check_modes(graph, modes or {})
+    index, own = index_graph(graph), dict(modes or {})
+
+    def mode(member: int) -> str | None:
+        return own.get(graph.segments[member].tags.branch or "") if member >= 0 else None
+
     runs: list[tuple[Any, list[int]]] = []
     for number, segment in enumerate(graph.segments):
         key = (segment.tags.branch, segment.tags.layer)
@@ -118,7 +167,8 @@ def model_pieces(graph: OperatorGraph) -> ModelPieces:
     first: list[SegmentGroup] = []
     for (branch, layer), members in runs:
         signature = tuple((graph.segments[at].trace, graph.segments[at].tags.role, *(index.runs(at, phase)
-                           for phase in Phase)) for at in members)
+                           for phase in Phase), mode(at), *(mode(index.source[name])
+                           for name in graph.segments[at].inputs)) for at in members)
         kind = kinds.setdefault(signature, len(kinds))
         name = graph.segments[members[0]].name if layer is None else f"{branch + ' ' if branch else ''}layer {layer}"
         pieces.append(SegmentGroup(kind, tuple(members), layer, name))
@@ -127,7 +177,19 @@ def model_pieces(graph: OperatorGraph) -> ModelPieces:
     shapes = {value.name: value.spec.shape for value in graph.values if value.name in graph.inputs}
     ids = next((shapes[name] for name in ("input_ids", "decoder_input_ids") if name in shapes), None)
     return ModelPieces(graph, index, tuple(pieces), tuple(first), rows_of(graph),
-                       math.prod(ids) // max(1, ids[0]) if ids else None)
+                       math.prod(ids) // max(1, ids[0]) if ids else None, own)
+
+
+def _check_modes(graph: OperatorGraph, modes: Mapping[str, str]) -> None:
+    """Raise `InputError` where members cannot have samples each of a branch in ``batch`` mode."""
+    apart = [branch for branch, mode in modes.items() if mode == "batch"]
+    if apart:
+        from mipipe.graphs.sharding.samples import samples_together  # torch
+
+        found = samples_together(graph, apart)
+        if found is not None:
+            raise InputError(f"--modes {','.join(f'{branch}=batch' for branch in apart)}: {found} looks at several"
+                             " samples at once, so that members cannot have samples each; leave its branch out")
 
 
 def rows_of(graph: OperatorGraph) -> int:
@@ -160,13 +222,25 @@ def misfit(model: ModelPieces, degrees: Degrees, global_batch: int) -> str | Non
     return None
 
 
+def samples_misfit(model: ModelPieces, degrees: Degrees) -> str | None:
+    """Why a microbatch does not divide among members that have samples each, in one line; None where it does."""
+    named = ",".join(f"{branch}={mode}" for branch, mode in model.modes.items() if mode == "batch")
+    if not named or not degrees.microbatch % degrees.tensor:
+        return None
+    return (f"--modes {named}: microbatches of {degrees.microbatch} samples do not divide among the {degrees.tensor}"
+            f" members of the tensor axis; --microbatch {_near(degrees.microbatch, degrees.tensor)} would")
+
+
 def _member_misfit(model: ModelPieces, member: int, degrees: Degrees) -> str | None:
     trace, heads = model.index.traces[member], heads_of(model.index.traces[member])
-    name = model.graph.segments[member].name
-    if heads is not None and heads[0] % degrees.tensor:
+    name, mode = model.graph.segments[member].name, model.mode(member, degrees)
+    if heads is not None and heads[0] % degrees.tensor and mode != "batch":
         fits = ", ".join(str(size) for size in range(1, heads[0] + 1) if heads[0] % size == 0)
         return f"tensor={degrees.tensor} does not divide the {heads[0]} heads of {name}; {fits} would"
     if degrees.expert > 1 and model.graph.segments[member].tags.role is Role.EXPERTS:
+        if mode == "batch" and not exchanges(model.graph):
+            return (f"expert={degrees.expert} divides the experts of {name} along the tensor axis, where --modes gives"
+                    " their branch the mode batch; leave one of both out")
         rules = split_rules(trace, Role.EXPERTS)
         banks = {trace.specs[parameter].shape[0] for parameter, cut in rules.cuts.items() if cut == "bank"}
         wrong = [size for size in banks if size % degrees.expert]
@@ -180,6 +254,8 @@ def indivisible_of(model: ModelPieces, degrees: Degrees) -> tuple[str, ...]:
     found: dict[str, list[str]] = {}
     for piece in model.kinds if degrees.tensor > 1 else ():
         for member in piece.members:
+            if model.mode(member, degrees) == "batch":
+                continue
             segment, trace, heads = model.graph.segments[member], model.index.traces[member], heads_of(
                 model.index.traces[member])
             rules = split_rules(trace, segment.tags.role)
@@ -200,5 +276,8 @@ def check_fits(model: ModelPieces, degrees: Degrees, global_batch: int) -> None:
     reason = misfit(model, degrees, global_batch)
     if reason is not None:
         raise InputError(f"--degrees: {reason}")
+    reason = samples_misfit(model, degrees)
+    if reason is not None:
+        raise InputError(reason)
     if degrees.expert > 1 and not any(segment.tags.role is Role.EXPERTS for segment in model.graph.segments):
         raise InputError(f"--degrees: expert={degrees.expert}, but the model has no experts to divide")

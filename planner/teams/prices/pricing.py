@@ -5,6 +5,11 @@ peaks; collectives by the cluster's levels. Nothing overlaps a collective of the
 expert axis. With sharded gradients (`zero` 2) they are reduced in every microbatch beside the weight gradients; with
 sharded parameters (`zero` 3) these are gathered beside the forward and the backward. What is longer than the phase
 beside it shows.
+
+A branch may have its own mode along the tensor axis (`ModelPieces.modes`). Members in ``batch`` mode have whole
+parameters and their part of the samples, and sum gradients once per step, over the tensor axis and the copies together;
+with `zero` 2 and 3 over the tensor axis, each the part that its copy keeps. What passes between modes is changed by the
+segment that reads it, as the runtime does (`mipipe.planner.teams.prices.between_modes`).
 """
 
 from __future__ import annotations
@@ -16,13 +21,13 @@ from dataclasses import dataclass, replace
 
 from mipipe.graphs.costs.collectives import collective_ns
 from mipipe.graphs.costs.estimate_modes import estimated_profile, forward_alive
-from mipipe.graphs.costs.split_rules import ATTENTION
 from mipipe.graphs.costs.trace_facts import TeamSplit, TraceFacts, trace_facts
 from mipipe.graphs.efficiency import phase_seconds
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.modes import Collective, CollectiveKind, ModeProfile
 from mipipe.graphs.operator_graph import DTYPE_BYTES, Phase, Role
 from mipipe.planner.problems.from_layers import LayerTimes
+from mipipe.planner.teams.prices.between_modes import resharded, with_estimates
 from mipipe.planner.teams.prices.degrees import Degrees, Recompute
 from mipipe.planner.teams.prices.machine import Machine
 from mipipe.planner.teams.prices.piece_cost import Axis, PhaseCost, PieceCost, as_measured, phase_beside
@@ -50,7 +55,8 @@ class Footprint:
 class PieceWork:
     """A piece's seconds and bytes of one microbatch on one member, and bytes of its parameters, dense and of experts
     (``held``; those that train), as `PieceCost` has them; what F needs beside what stays, and where nothing but its
-    inputs does (``ahead_again``); and how many collectives it waits for."""
+    inputs does (``ahead_again``); how many collectives it waits for; and bytes of dense parameters that train and whose
+    gradients are sums over the tensor axis."""
 
     phases: dict[Phase, PhaseCost]
     kept: int
@@ -63,6 +69,7 @@ class PieceWork:
     ahead: int
     ahead_again: int
     collectives: int
+    summed: int = 0
 
 
 class Pricer:
@@ -110,16 +117,16 @@ class Pricer:
     def profile(self, member: int, degrees: Degrees) -> ModeProfile:
         """The profile of a segment on a team of these degrees."""
         trace, role = self.model.trace(member, degrees.recompute), self.model.graph.segments[member].tags.role
-        again = degrees.recompute == "selective"
-        key = trace.digest, (role, degrees.split), again
+        again, (split, left) = degrees.recompute == "selective", self.model.split(member, degrees)
+        key = trace.digest, (role, split), again
         if key in self._profiles:
             return self._profiles[key]
         fused, flash, cut = self.machine.kernels
-        estimate = estimated_profile(trace, role, degrees.split, fused=fused, attention_again=again, flash=flash,
+        estimate = estimated_profile(trace, role, split, fused=fused, attention_again=again, flash=flash,
                                      cut=cut, facts=self.facts(member, degrees))
-        plain = degrees.context == degrees.expert == 1 and degrees.tensor > 1 and not again
+        plain = degrees.context == degrees.expert == 1 and split.tensor * split.batch > 1 and left == 1 and not again
         modes = self.model.graph.modes
-        found = modes.find(trace.digest, degrees.split.mode, degrees.tensor) if plain and modes is not None else None
+        found = modes.find(trace.digest, split.mode, degrees.tensor) if plain and modes is not None else None
         self.origins["traced" if found is not None else "estimated from shapes"] += 1
         if found is not None:
             estimate = with_estimates(found, estimate, self.machine.fused)
@@ -151,10 +158,11 @@ class Pricer:
                     sums = [total + counts[number] * size for total, size in zip(sums, sizes, strict=True)]
                     acts = acts or self.model.index.runs(member, Phase.I)
                 if acts and piece.layer is not None:
+                    left = self.model.split(piece.members[0], plain)[1]
                     kept += counts[number] * min(
                         self._inputs(piece.members[0], plain, 1 / self.model.sequences),
-                        *(sum(self.profile(member, way).kept.fi + self.profile(member, way).kept.fw
-                              for member in piece.members) for way in ways))
+                        *(left * sum(self.profile(member, way).kept.fi + self.profile(member, way).kept.fw
+                                     for member in piece.members) for way in ways))
             self._footprints[degrees.split] = Footprint(sums[0], sums[1], sums[2], sums[3], kept)
         return self._footprints[degrees.split]
 
@@ -174,7 +182,7 @@ class Pricer:
             rerun = max(0, self._work(kind, replace(degrees, recompute="none")).kept - kept)
         if measured is not None:
             found = as_measured(found, measured)
-        price = self._resident(degrees, found, (kept, work.late, again), work.held, work.trained)
+        price = self._resident(degrees, found, (kept, work.late, again), work)
         if measured is not None and measured.update is not None:
             price = replace(price, optimizer=measured.update)
         return replace(price, buffers=work.buffers, until_w=work.until_w, workspace=work.workspace,
@@ -187,13 +195,15 @@ class Pricer:
         if key in self._works:
             return self._works[key]
         piece, machine = self.model.kinds[kind], self.machine
-        count = degrees.microbatch / self.model.sequences
+        whole = degrees.microbatch / self.model.sequences
+        count = whole * self.model.split(piece.members[0], degrees)[1]
         found: dict[Phase, PhaseCost] = {}
         kept = until_w = late = dense = experts = trained = trained_experts = buffers = workspace = talks = 0
-        ahead = ahead_buffers = 0
+        ahead = ahead_buffers = summed = 0
         for member in piece.members:
             profile, fanout = self.profile(member, degrees), self.fanout(member)
-            for phase, work in profile.phases.items():
+            phases, moved = resharded(self.model, member, profile, self.facts(member, degrees).rules, degrees)
+            for phase, work in phases.items():
                 if self.model.index.runs(member, phase):
                     seconds = phase_seconds(work, machine.kind.achieved, flops=machine.kind.peak(machine.dtype),
                                             low=machine.low, low_flops=float(machine.peak),
@@ -202,15 +212,17 @@ class Pricer:
                     if self.model.graph.segments[member].tags.role is Role.EXPERTS:
                         seconds += machine.kind.achieved.expert_ns * 1e-9
                     cost = PhaseCost(seconds, self._talk(work.collectives, degrees, count, fanout))
+                    cost = cost.plus(PhaseCost(0.0, self._talk(moved[phase], degrees, whole, 1.0)))
                     found[phase] = found[phase].plus(cost) if phase in found else cost
                     alive = round(work.workspace_bytes * count)
-                    largest = max((round(item.num_bytes * count) for item in work.collectives), default=0)
+                    largest = max((round(item.num_bytes * size) for size, items in (
+                        (count, work.collectives), (whole, moved[phase])) for item in items), default=0)
                     buffers = max(buffers, largest)
                     if phase is Phase.F:
                         ahead, ahead_buffers = max(ahead, alive), max(ahead_buffers, largest)
                     else:
                         workspace = max(workspace, alive)
-                    talks += sum(item.count for item in work.collectives)
+                    talks += sum(item.count for item in (*work.collectives, *moved[phase]))
             if self.model.index.runs(member, Phase.I) or self.model.index.runs(member, Phase.W):
                 kept += profile.kept.fi + profile.kept.fw
                 until_w, late = until_w + profile.kept.fw, late + profile.kept.iw
@@ -218,11 +230,12 @@ class Pricer:
             if self.model.index.runs(member, Phase.W):
                 trained += profile.resident.trainable_dense
                 trained_experts += profile.resident.trainable_experts
+                summed += profile.resident.trainable_dense if self.model.mode(member, degrees) == "batch" else 0
         plain, again = (ahead_buffers + max(ahead, round(self._alive(piece, degrees, again) * count))
                         for again in (False, True))
         self._works[key] = PieceWork(found, round(kept * count), round(late * count), round(until_w * count),
                                      (dense, experts), (trained, trained_experts), buffers, workspace, plain, again,
-                                     talks)
+                                     talks, summed)
         return self._works[key]
 
     def _alive(self, piece: SegmentGroup, degrees: Degrees, again: bool) -> int:
@@ -231,8 +244,9 @@ class Pricer:
         key = piece.kind, degrees.split, degrees.recompute if not again else "none", again
         if key in self._held:
             return self._held[key]
+        split = self.model.split(piece.members[0], degrees)[0]
         index, graph, place = self.model.index, self.model.graph, {at: n for n, at in enumerate(piece.members)}
-        parts = degrees.context * (degrees.tensor if degrees.sequence else 1)
+        parts = split.samples_and_positions * (split.tensor if split.sequence else 1)
         stays: list[frozenset[str]] = []
         kept: set[str] = set()
         for member in piece.members:
@@ -247,7 +261,7 @@ class Pricer:
             waiting = [(last, size) for last, size in waiting if last >= position]
             elsewhere = stays[position] | {name for name, value in zip(trace.outputs, segment.outputs, strict=True)
                                            if value in kept}
-            own = forward_alive(trace, segment.tags.role, degrees.split, self.facts(member, degrees), elsewhere)
+            own = forward_alive(trace, segment.tags.role, split, self.facts(member, degrees), elsewhere)
             most = max(most, own + sum(size for _, size in waiting))
             waiting += [(max((place.get(reader, len(place)) for reader in index.readers[value]), default=position),
                          -(-index.num_bytes[value] // parts)) for value in segment.outputs if value not in kept]
@@ -256,9 +270,15 @@ class Pricer:
 
     def _inputs(self, member: int, degrees: Degrees, count: float) -> int:
         """Bytes of a piece's inputs on one member."""
-        trace = self.model.index.traces[member]
-        parts = degrees.context * (degrees.tensor if degrees.sequence else 1)
-        return round(sum(trace.specs[name].num_bytes for name in trace.inputs) * count / parts)
+        trace, found = self.model.index.traces[member], 0.0
+        for name, value in zip(trace.inputs, self.model.graph.segments[member].inputs, strict=True):
+            source = self.model.index.source[value]
+            if source < 0 and self.model.mode(member, degrees) == "batch":
+                parts = degrees.context
+            else:
+                parts = self.model.parts_between(source if source >= 0 else member, degrees)
+            found += trace.specs[name].num_bytes * count / parts
+        return round(found)
 
     def fanout(self, member: int) -> float:
         """Experts per token of a segment with banks of experts; 1 for others."""
@@ -271,12 +291,13 @@ class Pricer:
         self._fanouts[trace.digest] = max(1.0, rows[0] / tokens) if rows and tokens else 1.0
         return self._fanouts[trace.digest]
 
-    def _talk(self, collectives: tuple[Collective, ...], degrees: Degrees, count: float,
+    def _talk(self, collectives: Sequence[Collective], degrees: Degrees, count: float,
               fanout: float) -> dict[Axis, float]:
         found: dict[Axis, float] = {}
         groups: dict[str, tuple[Axis, int, int]] = {
             "tensor": ("tensor", degrees.tensor, 1), "sequence": ("tensor", degrees.tensor, 1),
-            "context": ("context", degrees.context, degrees.tensor), "expert": ("expert", degrees.expert, 1)}
+            "batch": ("tensor", degrees.tensor, 1), "context": ("context", degrees.context, degrees.tensor),
+            "expert": ("expert", degrees.expert, 1)}
         for item in collectives:
             axis, members, stride = groups[item.axis]
             spent = collective_ns(self.machine.fabric, item.kind, round(item.num_bytes * count), members, stride,
@@ -290,15 +311,18 @@ class Pricer:
         return found
 
     def _resident(self, degrees: Degrees, found: dict[Phase, PhaseCost], kept: tuple[int, int, int],
-                  held: tuple[int, int], trained: tuple[int, int]) -> PieceCost:
+                  work: PieceWork) -> PieceCost:
         """Bytes that stay, what copies do with them at the end of a step, and with ``zero`` 3 in every microbatch."""
         size = DTYPE_BYTES[self.machine.dtype]
-        wide = degrees.context * degrees.copies, degrees.expert_copies
-        strides = degrees.tensor, degrees.expert
+        (dense, experts), (trained, trained_experts), summed = work.held, work.trained, work.summed
+        alike = degrees.context * degrees.copies
+        classes = ((dense - summed, trained - summed, alike, degrees.tensor, 1),
+                   (experts, trained_experts, degrees.expert_copies, degrees.expert, 1),
+                   (summed, summed, alike, degrees.tensor, degrees.tensor))
         weights = gradients = state = 0
         reduce = gather = touched = 0.0
         gathered = ahead = 0
-        for num_bytes, training, copies, stride in zip(held, trained, wide, strides, strict=True):
+        for num_bytes, training, copies, stride, members in classes:
             parameters = training // size
             shared = [copies if degrees.zero >= stage else 1 for stage in (1, 2, 3)]
             own_state = parameters * ADAM_BYTES // shared[0]
@@ -310,6 +334,11 @@ class Pricer:
             spent = [collective_ns(self.machine.fabric, kind, amount, copies, stride) / 1e9 for kind, amount in (
                 (kinds.REDUCE_SCATTER if degrees.zero else kinds.ALL_REDUCE, parameters * GRADIENT_BYTES),
                 (kinds.ALL_GATHER, training if degrees.zero else 0), (kinds.ALL_GATHER, num_bytes))]
+            if members > 1:
+                over = members if degrees.zero > 1 else members * copies
+                reduce += collective_ns(self.machine.fabric, kinds.ALL_REDUCE, parameters * GRADIENT_BYTES // shared[1],
+                                        over) / 1e9
+                spent[0] = spent[0] if degrees.zero > 1 else 0.0
             if degrees.zero < 2:
                 reduce += spent[0]
             elif parameters:
@@ -326,21 +355,6 @@ class Pricer:
         bandwidth = float(self.machine.kind.bytes_per_s or 1) * self.machine.kind.achieved.memory
         return PieceCost(found[Phase.F], found.get(Phase.I), found.get(Phase.W), *kept, weights, gradients, state,
                          reduce, gather, touched / bandwidth, gathered, forward_space=ahead)
-
-
-def with_estimates(traced: ModeProfile, estimate: ModeProfile, fused: bool) -> ModeProfile:
-    """A traced profile with what the estimate knows better: attention under a causal mask at half its products, and,
-    where kernels are fused, elementwise bytes, kernels and kept tensors."""
-    phases = {}
-    for phase, work in traced.phases.items():
-        other = estimate.phases.get(phase, work)
-        products = (*(item for item in work.products if not item.kind.startswith(ATTENTION)),
-                    *(item for item in other.products if item.kind.startswith(ATTENTION)))
-        rest = other if fused else work
-        apart = rest.bytes_moved - sum(item.bytes_moved * item.count for item in rest.products)
-        phases[phase] = replace(work, products=products, kernels=rest.kernels, bytes_moved=max(0, apart) + sum(
-            item.bytes_moved * item.count for item in products))
-    return replace(traced, phases=phases, kept=estimate.kept if fused else traced.kept)
 
 
 def _without_ranks(degrees: Degrees) -> Degrees:

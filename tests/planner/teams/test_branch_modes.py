@@ -1,0 +1,225 @@
+"""Branches with a mode of their own along the tensor axis: their price by hand, and by the members' programs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from team_machine import machine
+
+from mipipe.graphs.capture.model import capture
+from mipipe.graphs.costs.collectives import collective_ns
+from mipipe.graphs.costs.estimate_modes import estimated_profile
+from mipipe.graphs.costs.mode_profile import all_work
+from mipipe.graphs.costs.trace_facts import TeamSplit
+from mipipe.graphs.errors import InfeasibleError, InputError
+from mipipe.graphs.modes import Collective, CollectiveKind, Layout
+from mipipe.graphs.operator_graph import Phase, Role
+from mipipe.graphs.sharding.modes import with_modes
+from mipipe.graphs.sharding.samples import samples_together
+from mipipe.graphs.sharding.team_graph import MemberGraph
+from mipipe.planner.team import TeamMode
+from mipipe.planner.teams.again import TeamTask, made_again, task_of, with_task
+from mipipe.planner.teams.bounds.of_degrees import bound_of, packed
+from mipipe.planner.teams.evaluate import evaluate_teams
+from mipipe.planner.teams.options import TeamOptions
+from mipipe.planner.teams.prices.between_modes import resharded
+from mipipe.planner.teams.prices.degrees import Degrees
+from mipipe.planner.teams.prices.pieces import model_pieces, samples_misfit
+from mipipe.planner.teams.prices.pricing import Pricer
+from mipipe.planner.teams.search import search_teams
+from mipipe.planner.teams.space import DegreeSpace, floor_of, roughly_fits
+
+MACHINE = replace(machine(), dtype="float32")
+VISION = {"vision": "batch"}
+KINDS = CollectiveKind
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    """Two samples a microbatch: text of 16 tokens, images of five patches, which two members do not divide."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    folder = tmp_path_factory.mktemp("llava")
+    (folder / "config.json").write_text(json.dumps({
+        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "image_token_index": 63,
+        "image_seq_length": 5, "vision_feature_layer": -1, "vision_feature_select_strategy": "full",
+        "vision_config": {**sizes, "model_type": "clip_vision_model", "image_size": 8, "patch_size": 4},
+        "text_config": {**sizes, "model_type": "llama", "vocab_size": 64, "num_key_value_heads": 4}}))
+    return capture(str(folder), seq=16, batch=2, verify=False)
+
+
+@pytest.fixture(scope="module")
+def profiles(llava):
+    """What two members do in every mode."""
+    return with_modes(llava, ("tensor", "sequence", "batch"), (2,)).modes
+
+
+def talk(work):
+    """The collectives of F and I by their kind and bytes, without sums of a row's statistics and of the loss."""
+    return {phase: sorted((item.kind.value, item.num_bytes) for item in one.collectives for _ in range(item.count)
+                          if item.num_bytes > 1000) for phase, one in work.items() if phase is not Phase.W}
+
+
+def test_a_batch_estimate_is_what_is_traced(llava, profiles):
+    """Of every segment that members run on samples of their own: parameters whole, all gradients sums, no collectives,
+    half of the products and of what is kept."""
+    for segment in llava.segments:
+        trace, role = llava.trace(segment), segment.tags.role
+        if segment.tags.branch != "vision" or role is Role.EMBEDDING:
+            continue
+        traced = profiles.find(trace.digest, "batch", 2)
+        estimate = estimated_profile(trace, role, TeamSplit(batch=2), fused=False)
+        assert (estimate.resident, estimate.mode, estimate.members) == (traced.resident, "batch", 2)
+        assert estimate.outputs == traced.outputs == (Layout.BATCH,)
+        for phase, work in traced.phases.items():
+            assert estimate.phases[phase].flops == work.flops > 0
+            assert not estimate.phases[phase].collectives and not work.collectives
+        assert sum((estimate.kept.fi, estimate.kept.fw)) == sum((traced.kept.fi, traced.kept.fw))
+
+
+@pytest.mark.parametrize("common, modes", [
+    ("tensor", VISION), ("sequence", VISION), ("tensor", {"text": "batch"}), ("tensor", {**VISION, "text": "batch"}),
+    ("sequence", {"vision": "tensor"})], ids=str)
+def test_what_passes_between_modes_is_what_members_send(llava, profiles, common, modes):
+    """The collectives of every segment of the member's graph in these modes are those of its own mode, changed where it
+    reads another's values (in sequence mode the text changes some more than once, which is left out)."""
+    of_all = {segment.name: modes.get(segment.tags.branch, common) for segment in llava.segments}
+    member = MemberGraph(llava).divided("tensor", 2, of_all).graph
+    pricer, degrees = Pricer(model_pieces(llava, modes), MACHINE), Degrees(tensor=2, sequence=common == "sequence")
+    changed = 0
+    for number, segment in enumerate(llava.segments):
+        own = profiles.find(segment.trace, of_all[segment.name], 2)
+        phases, moved = resharded(pricer.model, number, own, pricer.facts(number, degrees).rules, degrees)
+        changed += phases != own.phases or any(moved.values())
+        ours = {phase: replace(work, collectives=(*work.collectives, *moved[phase])) for phase, work in phases.items()}
+        assert talk(ours) == talk(all_work(member.trace(member.segments[number]))), segment.name
+    assert bool(changed) == ("batch" in modes.values())  # five patches: the tower's values are whole otherwise
+
+
+@pytest.mark.parametrize("zero", range(4))
+@pytest.mark.parametrize("context", [1, 2])
+def test_a_layer_by_samples_by_hand(llava, zero, context):
+    """Parameters whole; gradients are summed over the tensor axis, the context and the copies at once where each keeps
+    all of them, else the parts of copies over the tensor axis; products, kept bytes and kernels are half of one
+    device's."""
+    degrees = Degrees(1, 2, context=context, copies=4, zero=zero, microbatch=2)
+    alone, other, pricer = (Pricer(model_pieces(llava, modes), MACHINE) for modes in ({}, {}, VISION))
+    number = next(at for at, piece in enumerate(pricer.model.pieces) if piece.name == "vision layer 0")
+    one = alone.costs(replace(degrees, tensor=1, copies=1, microbatch=1, zero=0))[number]
+    cost, usual = pricer.costs(degrees)[number], other.costs(degrees)[number]
+    alike, trained = 4 * context, one.gradients // 4
+    shares = [alike if zero >= stage else 1 for stage in (1, 2, 3)]
+    assert cost.f.talk.get("tensor", 0.0) == 0 < usual.f.talk["tensor"]
+    assert cost.kept == one.kept < usual.kept
+    assert (cost.weights, cost.gradients, cost.state) == (
+        pytest.approx(one.weights / shares[2], abs=100), 4 * trained // shares[1], 12 * trained // shares[0])
+    assert one.weights > 1.8 * usual.weights * shares[2]
+    summed = collective_ns(MACHINE.fabric, KINDS.ALL_REDUCE, 4 * trained // shares[1], 2 if zero > 1 else 2 * alike)
+    assert cost.reduce == pytest.approx(summed / 1e9, abs=5e-9)
+    assert cost.gather == (0 if zero in (0, 3) else pytest.approx(
+        collective_ns(MACHINE.fabric, KINDS.ALL_GATHER, 4 * trained, alike, 2) / 1e9, abs=5e-9))
+    products = [pricer.profile(at, degrees).phases[Phase.F].flops for at in pricer.model.pieces[number].members]
+    whole = [alone.profile(at, Degrees()).phases[Phase.F].flops for at in pricer.model.pieces[number].members]
+    assert sum(products) * 2 * context == pytest.approx(sum(whole), rel=0.2 if context > 1 else 0)  # five rows by two
+
+
+@pytest.mark.parametrize("tensor, microbatch", [(2, 2), (2, 8), (4, 4), (4, 8), (8, 8)])
+def test_samples_are_shared_whatever_was_captured(llava, tensor, microbatch):
+    """Two samples are captured: four members have the time of one sample for every four of a microbatch, not of half a
+    sample's products."""
+    pricer = Pricer(model_pieces(llava, VISION), MACHINE)
+    at = next(at for at, item in enumerate(llava.segments) if item.tags.branch == "vision" and item.tags.layer == 0)
+    split, left = pricer.model.split(at, Degrees(tensor=tensor))
+    assert (split, left) == (TeamSplit(batch=2), 2 / tensor)
+    costs = [pricer.costs(degrees)[pricer.model.layers[0]] for degrees in (
+        Degrees(tensor=tensor, microbatch=microbatch), Degrees(microbatch=microbatch // tensor))]
+    assert costs[0].kept == costs[1].kept > 0
+    whole = pricer.profile(at, Degrees()).phases[Phase.F].flops * microbatch / 2
+    assert pricer.profile(at, Degrees(tensor=tensor)).phases[Phase.F].flops * left * microbatch / 2 == whole / tensor
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_one_mode_for_all_is_no_mode(llava, sequence):
+    """Given for every branch, the mode of all others changes no figure and nothing of the plan."""
+    degrees = Degrees(2, 2, sequence, copies=2, microbatch=2)
+    modes = dict.fromkeys(("vision", "projector", "text"), "sequence" if sequence else "tensor")
+    plain, told, own = (evaluate_teams(Pricer(model_pieces(llava, given), MACHINE), degrees, 8)
+                        for given in ({}, modes, VISION))
+    assert (told.plan.team, told.seconds, told.memory, told.times) == (
+        plain.plan.team, plain.seconds, plain.memory, plain.times)
+    assert own.plan.team.modes[-1] == TeamMode("tensor", "batch", tuple(
+        item.name for item in llava.segments if item.tags.branch == "vision"))
+    assert own.memory[0].weights > plain.memory[0].weights and own.seconds != plain.seconds
+    assert own.plan.provenance["team"]["modes"] == VISION and told.plan.provenance["team"]["modes"] == {}
+
+
+def test_every_mode_has_its_price(llava):
+    """A tower by positions beside a divided text keeps less than by heads alone; neither is the other's price."""
+    degrees = Degrees(1, 2, copies=1, microbatch=2)
+    kept = {mode: Pricer(model_pieces(llava, {"vision": mode}), MACHINE).costs(degrees)[2].kept
+            for mode in ("tensor", "sequence", "batch")}
+    assert kept["sequence"] < kept["tensor"] and kept["batch"] < kept["tensor"]
+
+
+def test_no_bound_is_above_a_plan_with_modes(llava):
+    """The footprint is what the pieces hold; degrees whose microbatch members cannot share are none."""
+    pricer = Pricer(model_pieces(llava, VISION), replace(MACHINE, memory_bytes=10**9))
+    points = DegreeSpace(pricer, 4, 8, {}, None, None).all()
+    assert {point.degrees.tensor for point in points} == {1, 2, 4}
+    for point in points:
+        degrees = point.degrees
+        assert degrees.microbatch % degrees.tensor == 0 and roughly_fits(pricer, degrees)
+        assert pricer.footprint(degrees).dense == sum(cost.weights for cost in pricer.costs(replace(degrees, zero=0)))
+        made = evaluate_teams(pricer, degrees, 8).seconds if degrees.ranks <= len(pricer.model.layers) else 1.0
+        found = bound_of(pricer, degrees, 8, None)
+        assert max(found[0], packed(pricer, degrees, 8, None)[0], floor_of(pricer, degrees, 8)[1]) <= made * (1 + 1e-9)
+
+
+def test_a_search_has_the_modes_and_a_plan_made_again_keeps_them(llava):
+    options = TeamOptions({"tensor": 2}, 2, time_limit_s=2.0, order=False)
+    found = search_teams(Pricer(model_pieces(llava, VISION), MACHINE), 4, 8, options).best
+    plan = with_task(found.plan, TeamTask(MACHINE, options, VISION))
+    again = made_again(plan, llava, 2, copies=plan.team.copies)
+    assert again.team.modes[-1] == plan.team.modes[-1] and again.team.modes[-1].mode == "batch"
+    assert task_of(again).modes == VISION and len(again.team.modes) <= 2
+    assert again.team.copies * again.problem.num_ranks == 1
+
+
+def test_what_has_no_samples_of_its_own_is_refused(llava):
+    assert samples_together(llava, ["vision", "text"]) is None
+    with pytest.raises(InputError, match=r"^--modes projector=batch: model\.multi_modal_projector looks at several"
+                                         r" samples at once, .*; leave its branch out$"):
+        model_pieces(llava, {"projector": "batch"})
+    pricer = Pricer(model_pieces(llava, VISION), MACHINE)
+    assert samples_misfit(pricer.model, Degrees(tensor=2, microbatch=4)) is None
+    with pytest.raises(InputError, match=r"^--modes vision=batch: microbatches of 3 samples do not divide among the 2"
+                                         r" members of the tensor axis; --microbatch 2 or 4 would$"):
+        evaluate_teams(pricer, Degrees(1, 2, microbatch=3), 6)
+    with pytest.raises(InfeasibleError, match=r"^no plan exists: --modes vision=batch: microbatches of 3 samples"):
+        search_teams(pricer, 2, 6, TeamOptions({"tensor": 2}, 3))
+
+
+def test_heads_that_members_do_not_share_need_not_divide(llava):
+    """Four heads and eight members: the tower may have samples each, the text's heads do not divide."""
+    with pytest.raises(InputError, match=r"tensor=8 does not divide the 4 heads of model\.language_model"):
+        evaluate_teams(Pricer(model_pieces(llava, VISION), MACHINE), Degrees(1, 8, microbatch=8), 8)
+    both = Pricer(model_pieces(llava, {**VISION, "text": "batch"}), MACHINE)
+    assert evaluate_teams(both, Degrees(1, 8, microbatch=8), 8).seconds > 0
+
+
+def test_a_value_that_passes_between_modes_has_a_buffer(llava):
+    """The projector gathers the images and the text's embeddings, at the length of a microbatch."""
+    pricer = Pricer(model_pieces(llava, {**VISION, "text": "batch"}), MACHINE)
+    degrees = Degrees(1, 2, microbatch=4)
+    at = next(at for at, item in enumerate(llava.segments) if item.tags.branch == "projector")
+    profile = pricer.profile(at, degrees)
+    moved = resharded(pricer.model, at, profile, pricer.facts(at, degrees).rules, degrees)[1]
+    images, text = 2 * 5 * 32 * 4, 2 * 16 * 32 * 4
+    assert moved[Phase.F] == [Collective(KINDS.ALL_GATHER, "tensor", images),
+                              Collective(KINDS.ALL_GATHER, "tensor", text)]
+    number = next(number for number, piece in enumerate(pricer.model.pieces) if at in piece.members)
+    cost, usual = (Pricer(model_pieces(llava, modes), MACHINE).costs(degrees)[number]
+                   for modes in ({**VISION, "text": "batch"}, VISION))
+    assert cost.buffers == 2 * text and cost.f.talk["tensor"] == pytest.approx(usual.f.talk["tensor"] + collective_ns(
+        MACHINE.fabric, KINDS.ALL_GATHER, 2 * text, 2) / 1e9)
