@@ -111,8 +111,9 @@ def plan(
                                                            " (up-projections of latent attention), selective"
                                                            " (attention), full (layers).",
                                                       rich_help_panel=_TEAMS)] = None,
-    modes: Annotated[str | None, typer.Option(help="Other modes for some branches along the tensor axis, such as"
-                                                   " vision=batch.",
+    modes: Annotated[str | None, typer.Option(help="Modes of their own for some branches along the tensor axis (tensor,"
+                                                   " sequence, batch), such as vision=batch: samples divided,"
+                                                   " parameters whole.",
                                               rich_help_panel=_TEAMS)] = None,
     eager: Annotated[bool, typer.Option("--eager", help="Count one kernel per operator, not fused ones.",
                                         rich_help_panel=_TEAMS)] = False,

@@ -225,11 +225,19 @@ def next_steps(plan_file: Path | None, graph_file: Path | None, facts: ModelFact
     return ["next: " + "\n      ".join(steps)]
 
 
+def branch_modes(plan: Plan) -> str:
+    """The branches of a plan of teams that have a mode of their own, with it."""
+    facts = plan.provenance.get("team")
+    modes = facts.get("modes") if isinstance(facts, dict) else None
+    return ", ".join(f"{branch} {mode}" for branch, mode in modes.items()) if isinstance(modes, dict) else ""
+
+
 def print_placement(console: Console, plan: Plan) -> None:
     """Which groups every rank holds."""
     problem = plan.problem
     team = "" if plan.team is None else (f", each a team of {plan.team.members} ({plan.team.text()}),"
                                          f" {plan.team.copies} cop{'y' if plan.team.copies == 1 else 'ies'}")
+    team += f", modes of branches: {branch_modes(plan)}" if branch_modes(plan) else ""
     console.print(f"{plan.name}: {len(problem.groups)} groups in {len(plan.placement.stages)} stages, placement"
                   f" {plan.placement.name}, {problem.num_microbatches} microbatches, {problem.num_ranks} ranks{team}",
                   soft_wrap=True)
@@ -273,6 +281,7 @@ def report_tiles(plan: Plan, timeline: Timeline) -> list[tuple[str, str]]:
              ("largest bubble", terminal.format_time(max(timeline.bubbles_ns()), unit)),
              ("placement", plan.placement.name), ("ranks", str(plan.problem.num_ranks)),
              ("microbatches", str(plan.problem.num_microbatches))]
+    tiles += [("modes of branches", branch_modes(plan))] if branch_modes(plan) else []
     missing = gap_of(plan.makespan_ns, plan.bound_ns)
     if plan.bound_ns is not None and missing is not None:
         tiles += [("bound", terminal.format_time(plan.bound_ns, unit)), ("gap", f"{missing:.1%}")]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from mipipe.cli.printing.report import branch_modes
 from mipipe.graphs.serialize import to_data
 from mipipe.graphs.units import format_bytes
 
@@ -27,8 +28,9 @@ def print_team(console: Console, result: TeamResult, how: str) -> None:
     say(f"degrees: {degrees.text()} (mesh, fastest axis first: {mesh(result)}); microbatch {degrees.microbatch},"
         f" {result.plan.problem.num_microbatches} microbatches; {zero_text(degrees.zero)};"
         f" recomputation {recompute_text(result)}")
-    if modes_text(result):
-        say(f"modes of branches along the tensor axis: {modes_text(result)}")
+    modes = branch_modes(result.plan)
+    if modes:
+        say(f"modes of branches: {modes}")
     say(f"stages: {len(result.layers)} on {degrees.ranks} rank{'s' * (degrees.ranks > 1)}, {result.schedule}; layers"
         f" per stage {layers_text(result.layers)}")
     rate = result.tokens_per_s_per_device
@@ -66,11 +68,6 @@ def recompute_text(result: TeamResult) -> str:
     if len(pieces) < 2:
         return result.degrees.recompute
     return ", ".join(f"{mode} in {count}" for mode, count in pieces.most_common()) + " pieces"
-
-
-def modes_text(result: TeamResult) -> str:
-    """The branches that have a mode of their own, with it."""
-    return ", ".join(f"{branch} {mode}" for branch, mode in result.plan.provenance["team"]["modes"].items())
 
 
 def zero_text(zero: int) -> str:

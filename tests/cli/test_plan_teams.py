@@ -225,14 +225,24 @@ def test_a_mode_for_a_branch(mipipe, tmp_path):
     mipipe("capture", tmp_path, "--seq", 16, "--batch", 2, "--no-verify", "-o", tmp_path / "graph.json")
     given = ("plan", tmp_path / "graph.json", "--devices", 4, "--kind", "h100", "--global-batch", 8, "--microbatch", 2,
              "--degrees", "sequence=2,ranks=2")
-    ended = mipipe(*given, "--modes", "vision=batch", "-o", tmp_path / "plan.json")
+    page = tmp_path / "plan.html"
+    ended = mipipe(*given, "--modes", "vision=batch", "-o", tmp_path / "plan.json", "--html", page)
     assert ended.code == 0, ended.stderr
-    assert "modes of branches: vision batch" in ended.stdout
+    assert "modes of branches: vision batch\n" in ended.stdout and "vision batch" in page.read_text()
+    both = [json.loads(mipipe(*given, *modes, "--json").stdout) for modes in ((), ("--modes", "vision=batch"))]
+    assert [data["modes"] for data in both] == [{}, {"vision": "batch"}]
+    assert both[0]["step_s"] != both[1]["step_s"] and task_of(load(tmp_path / "plan.json", Plan)).modes == {
+        "vision": "batch"}
     team = load(tmp_path / "plan.json", Plan).team
     assert [(item.mode, bool(item.segments)) for item in team.modes] == [("sequence", False), ("batch", True)]
     shown = mipipe("show", tmp_path / "plan.json")
-    assert "2 ranks, each a team of 2 (tensor 2), 1 copy" in shown.stdout
+    assert "2 ranks, each a team of 2 (tensor 2), 1 copy, modes of branches: vision batch" in shown.stdout
     for modes, message in (("audio=batch", "has the branches projector, text, vision"),
-                           ("vision=context", "with a mode of")):
-        refused = mipipe(*given, "--modes", modes)
+                           ("vision=context", "with a mode of tensor, sequence, batch"),
+                           ("text=expert", "; --degrees expert= divides experts"),
+                           ("vision=batch,vision=tensor", "--modes: vision is given twice"),
+                           ("projector=batch", "looks at several samples at once"),
+                           ("vision=batch", "--modes: there is no tensor axis (ranks=2,copies=2)")):
+        degrees = "ranks=2,copies=2" if "no tensor" in message else given[-1]
+        refused = mipipe(*given[:-1], degrees, "--modes", modes)
         assert refused.code == 1 and message in refused.stderr and len(refused.stderr.strip().splitlines()) == 1

@@ -12,6 +12,7 @@ from mipipe.graphs.capture.model import capture
 from mipipe.graphs.costs.collectives import collective_ns
 from mipipe.graphs.costs.estimate_modes import estimated_profile
 from mipipe.graphs.costs.mode_profile import all_work
+from mipipe.graphs.costs.split_rules import only_through, split_rules
 from mipipe.graphs.costs.trace_facts import TeamSplit
 from mipipe.graphs.errors import InfeasibleError, InputError
 from mipipe.graphs.modes import Collective, CollectiveKind, Layout
@@ -182,7 +183,8 @@ def test_a_search_has_the_modes_and_a_plan_made_again_keeps_them(llava):
     plan = with_task(found.plan, TeamTask(MACHINE, options, VISION))
     again = made_again(plan, llava, 2, copies=plan.team.copies)
     assert again.team.modes[-1] == plan.team.modes[-1] and again.team.modes[-1].mode == "batch"
-    assert task_of(again).modes == VISION and len(again.team.modes) <= 2
+    assert [item.mode for item in again.team.modes if item.segments] == ["batch"]
+    assert task_of(again).modes == again.provenance["team"]["modes"] == VISION
     assert again.team.copies * again.problem.num_ranks == 1
 
 
@@ -206,6 +208,34 @@ def test_heads_that_members_do_not_share_need_not_divide(llava):
         evaluate_teams(Pricer(model_pieces(llava, VISION), MACHINE), Degrees(1, 8, microbatch=8), 8)
     both = Pricer(model_pieces(llava, {**VISION, "text": "batch"}), MACHINE)
     assert evaluate_teams(both, Degrees(1, 8, microbatch=8), 8).seconds > 0
+
+
+def test_the_first_layer_of_a_branch_pays_for_what_it_reads(llava):
+    """Text by samples reads embeddings that all members have, and gathers their gradients, of a whole microbatch: not
+    so the second layer, which is as the first in all else."""
+    pricer = Pricer(model_pieces(llava, {"text": "batch"}), MACHINE)
+    costs, text = pricer.costs(Degrees(1, 4, microbatch=4)), 4 * 16 * 32 * 4
+    first, second = (costs[next(number for number, piece in enumerate(pricer.model.pieces) if piece.name == name)]
+                     for name in ("text layer 0", "text layer 1"))
+    spent = collective_ns(MACHINE.fabric, KINDS.ALL_GATHER, text, 4) / 1e9
+    assert first.i.talk == {"tensor": pytest.approx(spent)} and not first.f.talk and not second.i.talk
+    assert (first.buffers, second.buffers) == (text, 0) and first.i.compute == second.i.compute
+    assert pricer.collectives(Degrees(1, 4, microbatch=4)) > Pricer(
+        model_pieces(llava, {"text": "batch", "vision": "batch"}), MACHINE).collectives(Degrees(1, 4, microbatch=4))
+
+
+def test_what_products_by_columns_alone_read(llava):
+    """Images go through the projector's first product; text goes around it, and around attention."""
+    found, branch = {}, {name: segment.tags.branch for segment in llava.segments for name in segment.outputs}
+    for segment in llava.segments:
+        trace, role = llava.trace(segment), segment.tags.role
+        for name, value in zip(trace.inputs, segment.inputs, strict=True):
+            if "float" in trace.specs[name].dtype and segment.tags.branch in ("projector", "text"):
+                found[segment.name.rpartition(".")[2], branch.get(value)] = only_through(
+                    trace, split_rules(trace, role), name)
+    assert found == {("multi_modal_projector", "vision"): True, ("multi_modal_projector", "text"): False,
+                     ("self_attn", "projector"): False, ("self_attn", "text"): False, ("mlp", "text"): False,
+                     ("lm_head", "text"): True}
 
 
 def test_a_value_that_passes_between_modes_has_a_buffer(llava):
