@@ -224,6 +224,22 @@ def test_the_first_layer_of_a_branch_pays_for_what_it_reads(llava):
         model_pieces(llava, {"text": "batch", "vision": "batch"}), MACHINE).collectives(Degrees(1, 4, microbatch=4))
 
 
+def test_traced_samples_are_taken_where_all_members_had_some(llava, profiles):
+    """Of two captured samples for two members, with what their programs send; not for four members."""
+    traced, plain = (Pricer(model_pieces(replace(llava, modes=modes), VISION), MACHINE) for modes in (profiles, None))
+    two, four = Degrees(1, 2, microbatch=4), Degrees(1, 4, microbatch=4)
+    at = next(at for at, item in enumerate(llava.segments) if item.tags.branch == "vision")
+    own = profiles.find(llava.segments[at].trace, "batch", 2)
+    sums = [item for item in own.phases[Phase.W].collectives if item.axis == "batch"]  # positions, alike in all samples
+    assert sums and traced.profile(at, two).phases[Phase.W].collectives == own.phases[Phase.W].collectives
+    ours, other = (pricer.costs(two) for pricer in (traced, plain))
+    assert traced.origins["traced"] and "traced" not in plain.origins
+    assert ours[1].w.talk["tensor"] > 0 and not other[1].w.talk
+    assert [(cost.kept, cost.resident, cost.reduce) for cost in ours[1:4]] == [
+        (cost.kept, cost.resident, cost.reduce) for cost in other[1:4]]
+    assert traced.profile(at, four) == plain.profile(at, four)
+
+
 def test_what_products_by_columns_alone_read(llava):
     """Images go through the projector's first product; text goes around it, and around attention."""
     found, branch = {}, {name: segment.tags.branch for segment in llava.segments for name in segment.outputs}
