@@ -118,7 +118,7 @@ class Pricer:
         """The profile of a segment on a team of these degrees."""
         trace, role = self.model.trace(member, degrees.recompute), self.model.graph.segments[member].tags.role
         again, (split, left) = degrees.recompute == "selective", self.model.split(member, degrees)
-        key = trace.digest, (role, split), again
+        key = trace.digest, (role, split, left), again
         if key in self._profiles:
             return self._profiles[key]
         fused, flash, cut = self.machine.kernels
