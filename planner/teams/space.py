@@ -14,7 +14,8 @@ from mipipe.graphs.operator_graph import DTYPE_BYTES, Role
 from mipipe.planner.teams.bounds.of_degrees import bound_of, seconds_in_kernels
 from mipipe.planner.teams.prices.degrees import Degrees, Recompute
 from mipipe.planner.teams.prices.pieces import ModelPieces, misfit, samples_misfit
-from mipipe.planner.teams.prices.pricing import ADAM_BYTES, GRADIENT_BYTES, Pricer
+from mipipe.planner.teams.prices.pricing import Pricer
+from mipipe.planner.teams.prices.resident import ADAM_BYTES, GRADIENT_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,19 +24,15 @@ from mipipe.graphs.costs.estimate_modes import estimated_profile, forward_alive
 from mipipe.graphs.costs.trace_facts import TeamSplit, TraceFacts, trace_facts
 from mipipe.graphs.efficiency import phase_seconds
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.modes import Collective, CollectiveKind, ModeProfile
-from mipipe.graphs.operator_graph import DTYPE_BYTES, Phase, Role
+from mipipe.graphs.modes import Collective, ModeProfile
+from mipipe.graphs.operator_graph import Phase, Role
 from mipipe.planner.problems.from_layers import LayerTimes
 from mipipe.planner.teams.prices.between_modes import resharded, with_estimates
 from mipipe.planner.teams.prices.degrees import Degrees, Recompute
 from mipipe.planner.teams.prices.machine import Machine
-from mipipe.planner.teams.prices.piece_cost import Axis, PhaseCost, PieceCost, as_measured, phase_beside
+from mipipe.planner.teams.prices.piece_cost import Axis, PhaseCost, PieceCost, as_measured
 from mipipe.planner.teams.prices.pieces import ModelPieces, SegmentGroup
-
-ADAM_BYTES = 3 * DTYPE_BYTES["float32"]
-"""Optimizer state of a parameter: a master copy and two moments in float32 (Rajbhandari et al., 2020, section 3.1)."""
-GRADIENT_BYTES = DTYPE_BYTES["float32"]
-"""A gradient that is summed over microbatches is float32."""
+from mipipe.planner.teams.prices.resident import PieceWork, held_cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,27 +45,6 @@ class Footprint:
     trained_dense: int
     trained_experts: int
     kept: float
-
-
-@dataclass(frozen=True, slots=True)
-class PieceWork:
-    """A piece's seconds and bytes of one microbatch on one member, and bytes of its parameters, dense and of experts
-    (``held``; those that train), as `PieceCost` has them; what F needs beside what stays, and where nothing but its
-    inputs does (``ahead_again``); how many collectives it waits for; and bytes of dense parameters that train and whose
-    gradients are sums over the tensor axis."""
-
-    phases: dict[Phase, PhaseCost]
-    kept: int
-    late: int
-    until_w: int
-    held: tuple[int, int]
-    trained: tuple[int, int]
-    buffers: int
-    workspace: int
-    ahead: int
-    ahead_again: int
-    collectives: int
-    summed: int = 0
 
 
 class Pricer:
@@ -182,7 +157,7 @@ class Pricer:
             rerun = max(0, self._work(kind, replace(degrees, recompute="none")).kept - kept)
         if measured is not None:
             found = as_measured(found, measured)
-        price = self._resident(degrees, found, (kept, work.late, again), work)
+        price = held_cost(self.machine, degrees, work, found, (kept, work.late, again))
         if measured is not None and measured.update is not None:
             price = replace(price, optimizer=measured.update)
         return replace(price, buffers=work.buffers, until_w=work.until_w, workspace=work.workspace,
@@ -309,52 +284,6 @@ class Pricer:
                 if axis in found:
                     found[axis] *= 1 - hidden
         return found
-
-    def _resident(self, degrees: Degrees, found: dict[Phase, PhaseCost], kept: tuple[int, int, int],
-                  work: PieceWork) -> PieceCost:
-        """Bytes that stay, what copies do with them at the end of a step, and with ``zero`` 3 in every microbatch."""
-        size = DTYPE_BYTES[self.machine.dtype]
-        (dense, experts), (trained, trained_experts), summed = work.held, work.trained, work.summed
-        alike = degrees.context * degrees.copies
-        classes = ((dense - summed, trained - summed, alike, degrees.tensor, 1),
-                   (experts, trained_experts, degrees.expert_copies, degrees.expert, 1),
-                   (summed, summed, alike, degrees.tensor, degrees.tensor))
-        weights = gradients = state = 0
-        reduce = gather = touched = 0.0
-        gathered = ahead = 0
-        for num_bytes, training, copies, stride, members in classes:
-            parameters = training // size
-            shared = [copies if degrees.zero >= stage else 1 for stage in (1, 2, 3)]
-            own_state = parameters * ADAM_BYTES // shared[0]
-            weights += num_bytes // shared[2]
-            gradients += parameters * GRADIENT_BYTES // shared[1]
-            state += own_state
-            touched += own_state * (2 + (GRADIENT_BYTES + size) / ADAM_BYTES)
-            kinds = CollectiveKind
-            spent = [collective_ns(self.machine.fabric, kind, amount, copies, stride) / 1e9 for kind, amount in (
-                (kinds.REDUCE_SCATTER if degrees.zero else kinds.ALL_REDUCE, parameters * GRADIENT_BYTES),
-                (kinds.ALL_GATHER, training if degrees.zero else 0), (kinds.ALL_GATHER, num_bytes))]
-            if members > 1:
-                over = members if degrees.zero > 1 else members * copies
-                reduce += collective_ns(self.machine.fabric, kinds.ALL_REDUCE, parameters * GRADIENT_BYTES // shared[1],
-                                        over) / 1e9
-                spent[0] = spent[0] if degrees.zero > 1 else 0.0
-            if degrees.zero < 2:
-                reduce += spent[0]
-            elif parameters:
-                last = Phase.W if Phase.W in found else Phase.I
-                found[last] = phase_beside(found[last], spent[0])
-                gathered += parameters * GRADIENT_BYTES
-            if degrees.zero < 3:
-                gather += spent[1]
-                continue
-            gathered, ahead = gathered + 2 * num_bytes, ahead + 2 * num_bytes
-            for phase in (Phase.F, Phase.I):
-                if phase in found:
-                    found[phase] = phase_beside(found[phase], spent[2])
-        bandwidth = float(self.machine.kind.bytes_per_s or 1) * self.machine.kind.achieved.memory
-        return PieceCost(found[Phase.F], found.get(Phase.I), found.get(Phase.W), *kept, weights, gradients, state,
-                         reduce, gather, touched / bandwidth, gathered, forward_space=ahead)
 
 
 def _without_ranks(degrees: Degrees) -> Degrees:

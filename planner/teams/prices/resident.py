@@ -1,0 +1,88 @@
+"""What of a piece stays on a member: weights, gradients, optimizer state, and what copies send each other of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mipipe.graphs.costs.collectives import collective_ns
+from mipipe.graphs.modes import CollectiveKind
+from mipipe.graphs.operator_graph import DTYPE_BYTES, Phase
+from mipipe.planner.teams.prices.degrees import Degrees
+from mipipe.planner.teams.prices.machine import Machine
+from mipipe.planner.teams.prices.piece_cost import PhaseCost, PieceCost, phase_beside
+
+ADAM_BYTES = 3 * DTYPE_BYTES["float32"]
+"""Optimizer state of a parameter: a master copy and two moments in float32 (Rajbhandari et al., 2020, section 3.1)."""
+GRADIENT_BYTES = DTYPE_BYTES["float32"]
+"""A gradient that is summed over microbatches is float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class PieceWork:
+    """A piece's seconds and bytes of one microbatch on one member, and bytes of its parameters, dense and of experts
+    (``held``; those that train), as `PieceCost` has them; what F needs beside what stays, and where nothing but its
+    inputs does (``ahead_again``); how many collectives it waits for; and bytes of dense parameters that train and whose
+    gradients are sums over the tensor axis."""
+
+    phases: dict[Phase, PhaseCost]
+    kept: int
+    late: int
+    until_w: int
+    held: tuple[int, int]
+    trained: tuple[int, int]
+    buffers: int
+    workspace: int
+    ahead: int
+    ahead_again: int
+    collectives: int
+    summed: int = 0
+
+
+def held_cost(machine: Machine, degrees: Degrees, work: PieceWork, phases: Mapping[Phase, PhaseCost],
+              kept: tuple[int, int, int]) -> PieceCost:
+    """The price of a piece whose phases take so long, and which keeps so much (the first bytes of `PieceCost`): with
+    bytes that stay, what copies do with them at the end of a step, and with ``zero`` 3 in every microbatch."""
+    found = dict(phases)
+    size = DTYPE_BYTES[machine.dtype]
+    (dense, experts), (trained, trained_experts), summed = work.held, work.trained, work.summed
+    alike = degrees.context * degrees.copies
+    classes = ((dense - summed, trained - summed, alike, degrees.tensor, 1),
+               (experts, trained_experts, degrees.expert_copies, degrees.expert, 1),
+               (summed, summed, alike, degrees.tensor, degrees.tensor))
+    weights = gradients = state = 0
+    reduce = gather = touched = 0.0
+    gathered = ahead = 0
+    for num_bytes, training, copies, stride, members in classes:
+        parameters = training // size
+        shared = [copies if degrees.zero >= stage else 1 for stage in (1, 2, 3)]
+        own_state = parameters * ADAM_BYTES // shared[0]
+        weights += num_bytes // shared[2]
+        gradients += parameters * GRADIENT_BYTES // shared[1]
+        state += own_state
+        touched += own_state * (2 + (GRADIENT_BYTES + size) / ADAM_BYTES)
+        kinds = CollectiveKind
+        spent = [collective_ns(machine.fabric, kind, amount, copies, stride) / 1e9 for kind, amount in (
+            (kinds.REDUCE_SCATTER if degrees.zero else kinds.ALL_REDUCE, parameters * GRADIENT_BYTES),
+            (kinds.ALL_GATHER, training if degrees.zero else 0), (kinds.ALL_GATHER, num_bytes))]
+        if members > 1:
+            over = members if degrees.zero > 1 else members * copies
+            reduce += collective_ns(machine.fabric, kinds.ALL_REDUCE, parameters * GRADIENT_BYTES // shared[1],
+                                    over) / 1e9
+            spent[0] = spent[0] if degrees.zero > 1 else 0.0
+        if degrees.zero < 2:
+            reduce += spent[0]
+        elif parameters:
+            last = Phase.W if Phase.W in found else Phase.I
+            found[last] = phase_beside(found[last], spent[0])
+            gathered += parameters * GRADIENT_BYTES
+        if degrees.zero < 3:
+            gather += spent[1]
+            continue
+        gathered, ahead = gathered + 2 * num_bytes, ahead + 2 * num_bytes
+        for phase in (Phase.F, Phase.I):
+            if phase in found:
+                found[phase] = phase_beside(found[phase], spent[2])
+    bandwidth = float(machine.kind.bytes_per_s or 1) * machine.kind.achieved.memory
+    return PieceCost(found[Phase.F], found.get(Phase.I), found.get(Phase.W), *kept, weights, gradients, state,
+                     reduce, gather, touched / bandwidth, gathered, forward_space=ahead)
