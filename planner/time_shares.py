@@ -49,8 +49,10 @@ class TimeShares:
     """The first slice of the time-indexed LP, whose model is built and refuted at once or not at all."""
     longest_slice: float = 0.15
     """One slice of any activity, at most."""
-    half_forgotten: float = 0.2
-    """After which gains and seconds of an activity count half."""
+    remembered: float = 0.6
+    """Of gains and seconds of an activity's earlier slices, in its next."""
+    half_forgotten: float = 0.05
+    """After which the seconds that an activity took count half, if it has no turn meanwhile."""
     last_round: float = 0.15
     """What must be left for a last round (`mipipe.planner.search.annealing.finish`)."""
     bounding: float = 0.1

@@ -4,11 +4,10 @@ Activities (`Activity`) share the time by one rule. Each has a *worth*: what it 
 took lately, gains being the shares by which the makespan fell and the bound rose, or by which the lowest bound of a
 candidate fell (a proposal that leaves room for better orders), or by what it says itself (`Activity.progress`: stages
 moved towards a better plan). The worthiest goes next. What gains nothing gets longer slices, more seldom: it may only
-need more time at once, and its seconds count against it. What was long ago counts less, whoever had the time since: of
-activities that gain nothing each gets as much of it. New activities count as worth trying. Where there is more than
-one thread, one of them works for the chosen activity and the others anneal (`mipipe.planner.ladder.race`), or work for
-it as well where they can and it gained more lately, but for the end of the time, which is left to annealing; with one,
-annealing is an activity like the others.
+need more time at once, and its seconds count against it, less and less while it waits, so that none waits for ever.
+New activities count as worth trying. Where there is more than one thread, one of them works for the chosen activity and
+the others anneal (`mipipe.planner.ladder.race`), or work for it as well where they can and it gained more lately, but
+for the end of the time, which is left to annealing; with one, annealing is an activity like the others.
 
 Nothing here knows how large a problem is: what is too slow for it gains nothing and stands back.
 """
@@ -64,15 +63,10 @@ class Activity:
         """Gain per second, lately."""
         return (self.gained + HOPE) / max(1e-3, self.spent_s)
 
-    def fade(self, share: float) -> None:
-        """Let earlier slices count less."""
-        self.gained *= share
-        self.spent_s *= share
-
     def note(self, gain: float, seconds: float) -> None:
         """Count a slice."""
-        self.gained += gain
-        self.spent_s += max(COUNTED_S, seconds)
+        self.gained = SHARES.remembered * self.gained + gain
+        self.spent_s = SHARES.remembered * self.spent_s + max(COUNTED_S, seconds)
         if gain <= 0:
             self.slice_s *= LONGER
 
@@ -102,7 +96,8 @@ def loop(run: Run, activities: Sequence[Activity], race: Race | None) -> None:
                 active = chosen.step(given)
         seconds = time.monotonic() - began
         for activity in everything:
-            activity.fade(0.5 ** (seconds / (SHARES.half_forgotten * run.options.time_limit_s)))
+            if activity is not chosen and (activity is not annealing or threads < 2):
+                activity.spent_s *= 0.5 ** (seconds / (SHARES.half_forgotten * run.options.time_limit_s))
         by_annealing, by_others = gains(run.history[max(0, seen - 1):])
         risen = max(0, (run.lowest_ns or 0) - bound) / max(1, bound)
         if chosen is annealing:
