@@ -16,7 +16,8 @@ class TimeShares:
     ``until_*``: of all that has passed since the solve began; what is kept for the end counts as passed
     (`mipipe.planner.ladder.state.Run.past`), but not for ``until_repeated``, ``until_outlined`` and ``until_raced``.
     ``last_round``, ``proving``, ``checking``, ``restarted``: what is left or kept for a part that follows. ``late``:
-    what is added to the limit. The others: what the part itself takes, at most."""
+    what is added to the limit. ``remembered`` is a share of what was gained, and of the seconds. The others: what the
+    part itself takes, at most."""
 
     until_proposed: float = 0.1
     """Shapes are proposed, the most promising of which enter first."""
