@@ -76,6 +76,7 @@ def test_bounds_rise_to_what_no_other_bound_shows() -> None:
     assert run.ablation[-1]["rung"] == time_indexed.RELAXED and run.ablation[-1]["bound"] == 114
 
 
+@pytest.mark.slow
 def test_of_a_shape_the_lowest_bound_comes_first_and_of_free_placements_the_best_plan() -> None:
     run = run_at(INTERLEAVED, "interleaved")
     lowest = min((found for found in run.candidates if found.bound.ns < run.makespan_ns), key=lambda f: f.bound.ns)
@@ -115,6 +116,7 @@ def test_what_is_too_large_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None
     assert indexing.step(5.0)
 
 
+@pytest.mark.slow
 def test_a_solve_of_a_shape_ends_with_this_proof() -> None:
     result = plan(TWO_WAY, PlanOptions(time_limit_s=60, placement="two-way"))
     assert result.termination is Termination.OPTIMAL and result.seconds < 50

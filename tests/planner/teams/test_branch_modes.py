@@ -62,6 +62,7 @@ def talk(work):
                           if item.num_bytes > 1000) for phase, one in work.items() if phase is not Phase.W}
 
 
+@pytest.mark.slow
 def test_a_batch_estimate_is_what_is_traced(llava, profiles):
     """Of every segment that members run on samples of their own: parameters whole, all gradients sums, no collectives,
     half of the products and of what is kept."""
@@ -79,6 +80,7 @@ def test_a_batch_estimate_is_what_is_traced(llava, profiles):
         assert sum((estimate.kept.fi, estimate.kept.fw)) == sum((traced.kept.fi, traced.kept.fw))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("common, modes", [
     ("tensor", VISION), ("sequence", VISION), ("tensor", {"text": "batch"}), ("tensor", {**VISION, "text": "batch"}),
     ("sequence", {"vision": "tensor"})], ids=str)
@@ -224,6 +226,7 @@ def test_the_first_layer_of_a_branch_pays_for_what_it_reads(llava):
         model_pieces(llava, {"text": "batch", "vision": "batch"}), MACHINE).collectives(Degrees(1, 4, microbatch=4))
 
 
+@pytest.mark.slow
 def test_traced_samples_are_taken_where_all_members_had_some(llava, profiles):
     """Of two captured samples for two members, with what their programs send; not for four members."""
     traced, plain = (Pricer(model_pieces(replace(llava, modes=modes), VISION), MACHINE) for modes in (profiles, None))

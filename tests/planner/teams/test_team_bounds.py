@@ -109,7 +109,7 @@ def _cut(layers: int, stages: int, source: random.Random) -> list[int]:
 
 
 @pytest.mark.parametrize("model, seed, draws", [
-    ("pieces", 0, 50), ("latent_pieces", 0, 50),
+    ("pieces", 0, 50), pytest.param("latent_pieces", 0, 50, marks=pytest.mark.slow),
     *(pytest.param(model, seed, 200, marks=pytest.mark.slow) for model in ("pieces", "latent_pieces")
       for seed in range(1, 9))])
 def test_no_bound_is_above_a_plan(request, model, seed, draws):
