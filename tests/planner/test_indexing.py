@@ -116,7 +116,6 @@ def test_what_is_too_large_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None
     assert indexing.step(5.0)
 
 
-@pytest.mark.slow
 def test_a_solve_of_a_shape_ends_with_this_proof() -> None:
     result = plan(TWO_WAY, PlanOptions(time_limit_s=60, placement="two-way"))
     assert result.termination is Termination.OPTIMAL and result.seconds < 50

@@ -158,7 +158,7 @@ def indexed(view: StageView, *, makespan_ns: int, lower_ns: int = 0, max_columns
     Args:
         view: the placement.
         makespan_ns: of the best schedule known, here or at another placement.
-        lower_ns: a known bound.
+        lower_ns: a known bound; 0: the job shop's.
         max_columns: most lines x slots; durations are floored onto a coarser grid if the exact one has more.
 
     Raises:
@@ -169,7 +169,7 @@ def indexed(view: StageView, *, makespan_ns: int, lower_ns: int = 0, max_columns
     unit = 1 if jobs.extra else math.gcd(*jobs.durations, *(lag for _, _, lag in jobs.arcs)) or 1
     slots = max(10, max_columns // len(lines(jobs)))
     grid = _grid(jobs, unit if makespan_ns // unit <= slots else -(-makespan_ns // slots))
-    lower = max(lower_ns, placement_bound(view, jobs).ns)
+    lower = lower_ns or placement_bound(view, jobs).ns
     return Indexed(grid, unit, -(-lower // unit), -(-makespan_ns // unit))
 
 
