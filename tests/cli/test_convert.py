@@ -40,6 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_less_memory_for_the_planner(mipipe, models: Path, tmp_path: Path) -> None:
     """MoLAE's parameters are those of the formula, in the graph that is planned as well; the report is one object."""
     ended = mipipe("convert", models / "molae.yaml", "-o", tmp_path / "out", "--json")
@@ -57,6 +58,7 @@ def test_less_memory_for_the_planner(mipipe, models: Path, tmp_path: Path) -> No
     assert state["before"] - state["after"] == 4 * 4 * saved  # weights, gradients and Adam's two moments in float32
 
 
+@pytest.mark.slow
 def test_routing_to_merged_experts_is_counted_by_the_routers_numbers(mipipe, models: Path, tmp_path: Path) -> None:
     """A layer of four merged experts has eight that its router chooses among, and chooses by what the file says."""
     from mipipe.graphs.operator_graph import OperatorGraph

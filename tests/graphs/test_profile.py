@@ -103,6 +103,7 @@ def test_equal_groups_hand_on_tensors_instead_of_running_again(transformer):
     assert torch.isfinite(found[1][1].slots["value:head"]).all()
 
 
+@pytest.mark.slow
 def test_a_table_has_every_group_and_times_grow_with_work(transformer):
     graph = transformer(3, width=512)
     coarse = coarsen(graph, granularity="layer")

@@ -47,6 +47,7 @@ def run(folder: Path, added: int, name: str = "Pair") -> str:
     return ended.stdout.strip()
 
 
+@pytest.mark.slow
 def test_a_kernel_is_as_new_as_what_it_calls(tmp_path: Path) -> None:
     """Numba alone would add 1 for ever: only the other module's text changes. A class that is gone ends no run."""
     assert run(tmp_path, 1) == "False 2 Counter()"

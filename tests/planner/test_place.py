@@ -144,6 +144,7 @@ def test_a_dear_value_is_cut_once(tmp_path: Path) -> None:
     assert result.assignment == {"0": "cpu0", "1": "acc0", "2": "acc0"}
 
 
+@pytest.mark.slow
 def test_layer_graphs_are_annealed_as_long_as_time_allows(tmp_path: Path, monkeypatch) -> None:
     """Too many layers to prove: after short runs each thread cools once over what time is left, then from the best."""
     steps: list[int] = []

@@ -73,7 +73,11 @@ def test_finds_the_optimum_of_every_order() -> None:
     instance = _instance(problem, "chain")
     rows = _start(instance).lists()
     best = 1 << 62
-    for first, second in itertools.product(*(set(itertools.permutations(row)) for row in rows)):
+    orders = [[order for order in itertools.permutations(row) if all(
+        list(instance.kind[list(own)]) == sorted(instance.kind[list(own)])  # F, I and W of a microbatch, in this order
+        for own in ([node for node in order if instance.microbatch[node] == m] for m in range(2)))] for row in rows]
+    assert [len(found) for found in orders] == [20, 20]
+    for first, second in itertools.product(*orders):
         found = timed(instance, np.array([first, second]), instance.lengths())
         best = best if found is None else min(best, found.makespan_ns)
     worker = search.start(instance, _start(instance), seed=0, target_ns=best)

@@ -219,7 +219,8 @@ def test_options_are_checked() -> None:
             PlanOptions(**bad)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("lasting", "rounds"), [(search.LASTING, 2), (100, 0)])
+@pytest.mark.parametrize(("lasting", "rounds"), [(search.LASTING, 2),
+                                                  pytest.param(100, 0, marks=pytest.mark.slow)])
 def test_the_last_placement_left_is_searched_in_one_round_that_cools_over_the_time_left(
         lasting: int, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[tuple[int, float]] = []

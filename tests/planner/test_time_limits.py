@@ -104,6 +104,7 @@ def test_large_problems_keep_their_limit(compiled: None, ranks: int, microbatche
     assert holds(result.plan)
 
 
+@pytest.mark.slow
 def test_many_microbatches_keep_their_limit(compiled: None) -> None:
     """Values in flight, so no large problem's way: numbering the actions of one placement asks the clock, too."""
     problem = uniform_problem(ranks=4, microbatches=50_000, f=1, i=1, w=1)

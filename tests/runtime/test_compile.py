@@ -224,7 +224,7 @@ def test_a_rank_that_compiles_for_long_is_waited_for(pool):
     assert one == other
 
 
-@pytest.mark.parametrize("name", ["moe", "skip"])
+@pytest.mark.parametrize("name", [pytest.param("moe", marks=pytest.mark.slow), "skip"])
 def test_every_phase_can_be_run_before_the_first_step(name):
     """On zeros, once for each trace, in what it saves and gives of the traced shapes; generators stay as they are."""
     graph = equal.case(name).graph

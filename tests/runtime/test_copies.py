@@ -91,8 +91,8 @@ def state_of(module):
     return {name: item.detach() for name, item in module.named_parameters(remove_duplicate=False)}
 
 
-CASES = [(4, 0.1, "AdamW", False), (4, 0.1, "AdamW", True)]
-LONGER = [(4, 0.1, "AdamW", "gradients"),
+CASES = [(4, 0.1, "AdamW", True), (4, 0.1, "AdamW", "parameters")]
+LONGER = [(4, 0.1, "AdamW", False), (4, 0.1, "AdamW", "gradients"),
           *((seed, clip, "AdamW", shard) for seed in (3, 5, 6) for clip in (None, 0.1)
             for shard in (False, True, "gradients", "parameters")),
           *((3, clip, "Adafactor", shard) for clip in (None, 0.1) for shard in (False, True))]

@@ -25,6 +25,7 @@ class Net(nn.Module):
         return {"loss": (self.layers(x) - y).square().mean()}
 
 
+@pytest.mark.slow
 def test_groups_end_before_the_interpreter(tmp_path):
     module, batch = Net(), {"x": torch.zeros(2, 4), "y": torch.zeros(2, 4)}
     graph = mipipe.capture(module, batch)

@@ -40,7 +40,8 @@ def test_captured_operators_equal_the_model_on_one_process():
     assert len(graph.traces) == 8, "layers share their traces"
 
 
-@pytest.mark.parametrize(("ranks", "planned"), [(1, True), (2, False), pytest.param(2, True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("ranks", "planned"), [
+    (2, False), *(pytest.param(ranks, True, marks=pytest.mark.slow) for ranks in (1, 2))])
 def test_equal_to_one_process_under_every_map(pool, ranks, planned):
     """4 processes with skewed routing (experts without a token): equal blocks, uneven maps with replicas, and both in
     one run, moving between steps. Losses, norms and gradients; what the map is changes no bit of the losses."""

@@ -75,7 +75,7 @@ def peak_of(plan, graph, state, batch):
     return max(size for _, size in engine.record.memory)
 
 
-@pytest.mark.parametrize("name, ranks", [("moe", 2), ("vlm", 2)])
+@pytest.mark.parametrize("name, ranks", [("moe", 2), pytest.param("vlm", 2, marks=pytest.mark.slow)])
 def test_the_peak_is_the_simulated_one(pool, name, ranks):
     """On every rank: never above it, and below it by no more than one action frees while it runs.
 

@@ -157,8 +157,8 @@ def test_a_run_goes_on_under_other_degrees_and_without(pool, tmp_path):
         close(key, saved[key], item)
 
 
-@pytest.mark.parametrize("ranks, team", [(1, replace(TEAMS, copies=2)),
-                                         pytest.param(2, Team({}, 2), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, team", [(1, replace(TEAMS, copies=2)), (2, Team({}, 2))])
 def test_copies_hold_parts_of_parameters(pool, tmp_path, ranks, team):
     """Copies of a team, or of a pipeline of single devices: losses, weights, clipping and the saved folder are those of
     one process, each process has half of what it would have of every matrix, and a single process goes on."""

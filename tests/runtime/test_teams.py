@@ -66,6 +66,7 @@ def test_two_axes_and_tied_tables(pool):
     teams.compare(pool, made, plans_of(made.graph, 1, TWO_AXES))
 
 
+@pytest.mark.slow
 def test_experts_beside_tensor_parallel_layers_in_two_copies(pool):
     made = equal.case("moe")
     teams.compare(pool, made, plans_of(made.graph, 1, by_expert(made.graph, copies=2)))

@@ -137,6 +137,7 @@ def test_what_a_run_leaves_behind(files):
         assert json.loads((files / f"profile.rank{rank}.json").read_text())["traceEvents"]
 
 
+@pytest.mark.slow
 def test_a_failing_loader_ends_the_run_in_a_line_that_says_where(files, capfd):
     """Within seconds, with the loader's own file; no worker is left."""
     config = write_config(files, "bad", data=killing(files, "bad", ["1 2 fail"]))
@@ -161,6 +162,7 @@ def workers_of(config):
     return found
 
 
+@pytest.mark.slow
 def test_killed_ranks_resume_and_a_lost_one_is_done_without(files):
     """From the command line. SIGKILL on one rank: torchrun restarts, and no loss differs in a bit. The second, on the
     other, uses up the restarts: the supervisor plans for one rank as the first plan was made, and Adam's state goes on
@@ -390,6 +392,7 @@ def test_an_elastic_run_that_cannot_go_on(files, monkeypatch, lost, error, kind,
     assert attempts == [[0, 1]] and signal.getsignal(signal.SIGTERM) == handler
 
 
+@pytest.mark.slow
 def test_a_run_that_takes_too_long_is_ended(files):
     """The whole tree of processes goes."""
     config = write_config(files, "slow", steps=1000, data=killing(files, "slow", [], delay=0.2))
