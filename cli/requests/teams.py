@@ -27,7 +27,7 @@ from mipipe.planner.problems.from_layers import LayerTimes, entry_of, read_layer
 from mipipe.planner.problems.on_cluster import graph_dtype
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
 from mipipe.planner.teams.options import TeamOptions
-from mipipe.planner.teams.outside import outside
+from mipipe.planner.teams.outside import otherwise, outside
 from mipipe.planner.teams.prices.degrees import RECOMPUTE, Degrees, completed, parse_degrees
 from mipipe.planner.teams.prices.machine import Machine, check_machine
 from mipipe.planner.teams.prices.pieces import ModelPieces, indivisible_of, model_pieces, rows_of
@@ -96,15 +96,15 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
                            TeamTask(machine, options, dict(pieces.modes))), output)
     draw(result)
     whole = indivisible_of(pricer.model, result.degrees)
-    beyond = outside(pricer, result.degrees)
+    beyond, other = outside(pricer, result.degrees), otherwise(pricer, result.degrees)
     if json_output:
-        emit(team_data(result) | {"outside": beyond, "whole_on_every_member": list(whole)}
+        emit(team_data(result) | {"outside": beyond, "priced_otherwise": other, "whole_on_every_member": list(whole)}
              | ({} if found is None else found.data(team_data)))
         return
     if note:
         console.print(note, soft_wrap=True, markup=False)
     print_team(console, result, "evaluated as given" if found is None else found.how())
-    _print_notes(console, whole, beyond)
+    _print_notes(console, whole, beyond, other)
     if found is not None:
         print_runners(console, found)
     if output is not None:
@@ -135,12 +135,14 @@ def _machine(described: Cluster, where: str, model: OperatorGraph, dtype: str | 
     return machine
 
 
-def _print_notes(console: Console, whole: Sequence[str], beyond: Sequence[str]) -> None:
-    """What a reader of the figures should know: what no member shares, and what was not validated."""
+def _print_notes(console: Console, whole: Sequence[str], beyond: Sequence[str], other: Sequence[str]) -> None:
+    """What a reader of the figures should know: what no member shares, what was not validated, what runs otherwise."""
     for line in whole:
         console.print(f"whole on every member: {line}", soft_wrap=True, markup=False)
     for line in beyond:
         console.print(f"warning: outside what was validated: {line}", soft_wrap=True, markup=False)
+    for line in other:
+        console.print(f"priced otherwise than it runs: {line}", soft_wrap=True, markup=False)
 
 
 def _measured(request: TeamRequest, degrees: Degrees, model: ModelPieces) -> tuple[LayerTimes, ...] | None:

@@ -1,4 +1,5 @@
-"""Where a prediction is far from what its efficiencies were held against, in one line for each reason."""
+"""Where a prediction is far from what its efficiencies were held against, or from how `mipipe train` runs, in one line
+for each reason."""
 
 from __future__ import annotations
 
@@ -22,6 +23,17 @@ def outside(pricer: Pricer, degrees: Degrees) -> list[str]:
         return [f"no published run of {machine.kind.name} was predicted with these efficiencies; they are"
                 f" {machine.kind.achieved.origin}"]
     return [*_sizes(pricer, degrees, known), *_kinds(pricer, known)]
+
+
+def otherwise(pricer: Pricer, degrees: Degrees) -> list[str]:
+    """What is priced as engines made for it do it, and run otherwise here."""
+    if len(pricer.machine.fabric.counts(degrees.expert, 1)) < 2:
+        return []
+    rows = max(pricer.fanout(member) for member in range(len(pricer.model.index.traces)))
+    if rows == 1:
+        return []
+    return [f"a token crosses once to a host that has several of its {rows:g} experts, as DeepEP sends it; `mipipe"
+            " train` sends a row for each of them"]
 
 
 def _sizes(pricer: Pricer, degrees: Degrees, known: Evidence) -> list[str]:

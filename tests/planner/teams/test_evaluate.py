@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
+from team_config import CONFIG
 from team_machine import machine
 
+from mipipe.graphs.capture.model import capture
 from mipipe.graphs.efficiency import Evidence
 from mipipe.graphs.errors import InputError, MipipeError, PlanError
 from mipipe.graphs.modes import Collective, CollectiveKind
@@ -19,8 +22,9 @@ from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.problems.from_layers import LayerTimes
 from mipipe.planner.team import Team
 from mipipe.planner.teams.evaluate import evaluate_teams
-from mipipe.planner.teams.outside import outside
+from mipipe.planner.teams.outside import otherwise, outside
 from mipipe.planner.teams.prices.degrees import Degrees, completed, parse_degrees
+from mipipe.planner.teams.prices.pieces import model_pieces
 from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.planner.teams.remedies import remedy
 from mipipe.planner.teams.stages import (
@@ -270,6 +274,19 @@ def test_every_reason_to_doubt_a_prediction_is_told_alone(pieces, known, low, mo
     there = machine(evidence=replace(NEAR, **known), origin="fitted")
     found = outside(Pricer(own, replace(there, low=low)), Degrees(copies=devices))
     assert found == [] if told is None else len(found) == 1 and told in found[0], found
+
+
+def test_tokens_that_are_priced_as_sent_once_to_a_host_are_told(pieces, tmp_path):
+    """Where a token's experts are on several hosts, and nowhere else."""
+    own = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 8, "head_dim": 32,
+           "num_experts_per_tok": 2, "moe_intermediate_size": 344, "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | own))
+    experts = model_pieces(capture(str(tmp_path), seq=512, dtype="bfloat16", verify=False))
+    hosts = machine(host=4)
+    assert otherwise(Pricer(experts, hosts), Degrees(copies=8, expert=4)) == []
+    told = otherwise(Pricer(experts, hosts), Degrees(copies=8, expert=8))
+    assert len(told) == 1 and "a host that has several of its 2 experts" in told[0]
+    assert otherwise(Pricer(pieces, hosts), Degrees(copies=8)) == []
 
 
 def test_layers_of_experts_cost_the_host(pieces):
