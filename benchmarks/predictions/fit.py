@@ -16,7 +16,7 @@ from mipipe.graphs.errors import MipipeError
 from mipipe.graphs.operator_graph import Role
 from mipipe.planner.teams.evaluate import schedule_of
 from mipipe.planner.teams.prices.pricing import Pricer
-from mipipe.planner.teams.stages import cut_pieces, even_layers, stage_cost
+from mipipe.planner.teams.stages import cut_pieces, even_layers, stages_on
 
 GENERATIONS = {"a100": "Ampere", "h100": "Hopper", "h100_hbm2e": "Hopper", "b200": "Blackwell", "b300": "Blackwell",
                "gb200": "Blackwell", "gb300": "Blackwell"}
@@ -202,8 +202,9 @@ def busiest(pricer: Pricer, build: Build) -> float:
     if baseline.name in ("DualPipe", "ZB-V", "DualPipeV"):
         count = degrees.ranks
     loads = [0.0] * degrees.ranks
-    for number, members in enumerate(cut_pieces(model, build.layers or even_layers(len(model.layers), count))):
-        stage = stage_cost(costs, members, pricer.machine, split=split, first_chunk=number < degrees.ranks,
-                           held=build.held)
+    cuts = cut_pieces(model, build.layers or even_layers(len(model.layers), count))
+    ranks = [(number % degrees.ranks,) for number in range(len(cuts))]
+    for number, stage in enumerate(stages_on(costs, cuts, ranks, pricer.tied(degrees), pricer.machine, split=split,
+                                             held=build.held)):
         loads[number % degrees.ranks] += microbatches * stage.load + stage.exposed_data + stage.optimizer
     return max(loads)

@@ -25,7 +25,7 @@ from mipipe.planner.teams.prices.machine import Machine
 from mipipe.planner.teams.prices.piece_cost import AXES, Axis, PieceCost
 from mipipe.planner.teams.prices.pieces import check_fits
 from mipipe.planner.teams.prices.pricing import Pricer
-from mipipe.planner.teams.stages import StageCost, cut_pieces, even_layers, stage_cost, team_problem
+from mipipe.planner.teams.stages import StageCost, cut_pieces, even_layers, stages_on, team_problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,8 @@ def evaluate_teams(pricer: Pricer, degrees: Degrees, global_batch: int, *, layer
     check_fits(model, degrees, global_batch)
     microbatches = global_batch // (degrees.copies * degrees.microbatch)
     baseline, split = schedule_of(schedule, degrees)
-    count = baseline.make(degrees.ranks, microbatches, EvenTimes(1, 1, 1)).num_stages
+    pattern = baseline.make(degrees.ranks, microbatches, EvenTimes(1, 1, 1))
+    count = pattern.num_stages
     if layers is None:
         layers = even_layers(len(model.layers), count)
     if len(layers) != count:
@@ -149,9 +150,7 @@ def evaluate_teams(pricer: Pricer, degrees: Degrees, global_batch: int, *, layer
     if empty:
         raise InputError(f"--layers-per-stage: stage {empty[0]} would hold nothing; give every stage a layer (the first"
                          " has the embedding, the last the head as well)")
-    stages = [stage_cost(costs, members, machine, split=split, first_chunk=number < degrees.ranks,
-                         held=held)
-              for number, members in enumerate(pieces)]
+    stages = stages_on(costs, pieces, pattern.stage_ranks, pricer.tied(degrees), machine, split=split, held=held)
     problem = team_problem(model, degrees, machine, stages, microbatches)
     if held and count == degrees.ranks:
         problem = hold_transfers(problem)

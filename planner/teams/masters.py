@@ -15,6 +15,7 @@ from mipipe.planner.teams.options import TeamOptions
 from mipipe.planner.teams.prices.degrees import Degrees, Recompute
 from mipipe.planner.teams.prices.piece_cost import PieceCost
 from mipipe.planner.teams.prices.pricing import Pricer
+from mipipe.planner.teams.prices.tied import on_ranks
 
 Cost = TypeVar("Cost")
 
@@ -72,6 +73,10 @@ def chain_task(pricer: Pricer, degrees: Degrees, microbatches: int,
     """The master's task for one combination, and the modes its counts are by (``whole``: with that of whole layers)."""
     by_mode = mode_costs(pricer, degrees, recomputation)
     by_mode = {mode: costs for mode, costs in by_mode.items() if whole or mode != "full"}
+    if degrees.ranks > 1:  # what the first and the last pieces read is on the first and the last rank
+        order, tied = range(len(pricer.model.pieces)), pricer.tied(degrees)
+        halves = order[:len(order) // 2], order[len(order) // 2:]
+        by_mode = {mode: on_ranks(costs, halves, ((0,), (1,)), tied)[0] for mode, costs in by_mode.items()}
     runs = runs_of(pricer, by_mode, _mode_cost)
     link = pricer.machine.fabric.link(degrees.team * degrees.copies).link
     passing = passing_bytes(pricer, degrees)

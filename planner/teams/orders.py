@@ -17,7 +17,7 @@ from mipipe.planner.teams.mixing import mixed, pair_guess
 from mipipe.planner.teams.prices.degrees import Degrees, Recompute
 from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.planner.teams.space import Point
-from mipipe.planner.teams.stages import cut_pieces, overlap_rule, stage_cost, team_problem
+from mipipe.planner.teams.stages import cut_pieces, overlap_rule, stages_on, team_problem
 
 PAIRS = "dualpipev"
 """The published schedule of overlapped pairs that is looked for on all meshes."""
@@ -149,8 +149,8 @@ def order_of(pricer: Pricer, item: TeamResult, global_batch: int, seconds: float
     degrees = item.degrees
     costs = piece_costs(pricer, degrees, item.recompute)
     pieces = cut_pieces(pricer.model, item.layers)
-    stages = [stage_cost(costs, members, pricer.machine, split=True, first_chunk=number < degrees.ranks)
-              for number, members in enumerate(pieces)]
+    stages = stages_on(costs, pieces, [(number % degrees.ranks,) for number in range(len(pieces))],
+                       pricer.tied(degrees), pricer.machine, split=True)
     count = item.plan.problem.num_microbatches
     problem = team_problem(pricer.model, degrees, pricer.machine, stages, count)
     solved = plan(problem, PlanOptions(time_limit_s=seconds, seed=seed, recompute=False))

@@ -12,7 +12,7 @@ neither hides.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from mipipe.graphs.errors import ProblemError
@@ -22,6 +22,7 @@ from mipipe.planner.teams.prices.degrees import Degrees
 from mipipe.planner.teams.prices.machine import Machine
 from mipipe.planner.teams.prices.piece_cost import AXES, Axis, PhaseCost, PieceCost
 from mipipe.planner.teams.prices.pieces import ModelPieces
+from mipipe.planner.teams.prices.tied import TiedParameter, on_ranks
 
 KIND = "team"
 
@@ -123,6 +124,24 @@ def stage_cost(costs: Sequence[PieceCost], pieces: Sequence[int], machine: Machi
                      sum(cost.reduce + cost.gather for cost in own) if held else
                      exposed_reduction(own) + exposed_gather(own) if first_chunk else 0.0,
                      sum(cost.optimizer for cost in own))
+
+
+def stages_on(costs: Sequence[PieceCost], cuts: Sequence[Sequence[int]], ranks: Sequence[Collection[int]],
+              tied: Sequence[TiedParameter], machine: Machine, *, split: bool, held: bool = False) -> list[StageCost]:
+    """The stages of these pieces on these ranks (`stage_cost`); what several pieces read is on a rank once.
+
+    Args:
+        costs: of every piece of the model, of what several read in the first one's.
+        cuts: the pieces of every stage.
+        ranks: the ranks that have every stage.
+        tied: what several pieces read.
+        machine, split, held: as for `stage_cost`.
+    """
+    own, spent = on_ranks(costs, cuts, ranks, tied)
+    first = len({rank for here in ranks for rank in here})
+    found = [stage_cost(own, pieces, machine, split=split, first_chunk=number < first, held=held)
+             for number, pieces in enumerate(cuts)]
+    return [replace(stage, exposed_data=stage.exposed_data + more) for stage, more in zip(found, spent, strict=True)]
 
 
 def kept_apart(own: Sequence[PieceCost]) -> tuple[int, int, int]:

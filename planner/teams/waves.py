@@ -28,7 +28,7 @@ from mipipe.planner.teams.mixing import rank_mix, wave_stages
 from mipipe.planner.teams.prices.degrees import Degrees, Recompute
 from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.planner.teams.space import Point
-from mipipe.planner.teams.stages import cut_pieces, stage_cost, team_problem
+from mipipe.planner.teams.stages import cut_pieces, stage_cost, stages_on, team_problem
 
 ALIVE = 0.7
 """Of the microbatches that 1F1B has under way on its first rank, those that these orders need at least to wait little:
@@ -109,8 +109,7 @@ def wave(pricer: Pricer, degrees: Degrees, global_batch: int, shape: Shape, reco
             parts = fit_cuts(team_problem(model, degrees, machine, alone, microbatches), shape)
         if not all(parts):
             return None
-        stages = [stage_cost(costs, part, machine, split=True, first_chunk=number < degrees.ranks)
-                  for number, part in enumerate(parts)]
+        stages = stages_on(costs, parts, [(rank,) for rank in shape.rank_of], pricer.tied(degrees), machine, split=True)
         problem = team_problem(model, degrees, machine, stages, microbatches)
         whole = view(problem, place(problem, shape, [[stage] for stage in range(len(stages))]))
         instance = build(whole)

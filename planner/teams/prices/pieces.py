@@ -107,6 +107,17 @@ class ModelPieces:
         return tuple((frozenset(readers), frozenset(graded)) for readers, graded in found)
 
     @cached_property
+    def tied(self) -> Mapping[str, tuple[int, ...]]:
+        """The parameters that several segments (by index) read, by the first of their names."""
+        reads: dict[str, dict[int, None]] = {}
+        for member, segment in enumerate(self.graph.segments):
+            for name in segment.parameters:
+                spec = self.index.parameters[name]
+                if not spec.buffer:
+                    reads.setdefault(spec.tied_to or name, {})[member] = None
+        return {name: tuple(members) for name, members in reads.items() if len(members) > 1}
+
+    @cached_property
     def latents(self) -> Mapping[int, SegmentTrace]:
         """The segments (by index) that make queries, keys and values of latents, with the traces that make them again
         in the backward."""

@@ -33,6 +33,7 @@ from mipipe.planner.teams.prices.machine import Machine
 from mipipe.planner.teams.prices.piece_cost import Axis, PhaseCost, PieceCost, as_measured
 from mipipe.planner.teams.prices.pieces import ModelPieces, SegmentGroup
 from mipipe.planner.teams.prices.resident import PieceWork, held_cost
+from mipipe.planner.teams.prices.tied import TiedParameter, counted_once, tied_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ class Pricer:
         self._held: dict[tuple[int, TeamSplit, Recompute, bool], int] = {}
         self._footprints: dict[TeamSplit, Footprint] = {}
         self._facts: dict[tuple[str, Role, bool], TraceFacts] = {}
+        self._tied: dict[Degrees, tuple[TiedParameter, ...]] = {}
 
     def on(self, machine: Machine, measured: Sequence[LayerTimes] | None = None) -> Pricer:
         """The same model on another machine; profiles are shared where both have the same kernels."""
@@ -76,12 +78,22 @@ class Pricer:
         return other
 
     def costs(self, degrees: Degrees) -> list[PieceCost]:
-        """The cost of every piece, in the model's order."""
+        """The cost of every piece, in the model's order; of what several pieces read in the first one's."""
         if self.measured is None:
             by_kind = [self._kind(number, degrees) for number in range(len(self.model.kinds))]
-            return [by_kind[piece.kind] for piece in self.model.pieces]
-        return [self._kind(piece.kind, degrees, own)
-                for piece, own in zip(self.model.pieces, self.measured, strict=True)]
+            found = [by_kind[piece.kind] for piece in self.model.pieces]
+        else:
+            found = [self._kind(piece.kind, degrees, own)
+                     for piece, own in zip(self.model.pieces, self.measured, strict=True)]
+        return counted_once(found, self.tied(degrees)) if self.model.tied else found
+
+    def tied(self, degrees: Degrees) -> tuple[TiedParameter, ...]:
+        """The parameters that several segments read."""
+        key = _without_ranks(degrees)
+        if key not in self._tied:
+            self._tied[key] = tied_parameters(self.model, self.machine, degrees,
+                                              lambda member: self.profile(member, degrees).resident)
+        return self._tied[key]
 
     def _kind(self, kind: int, degrees: Degrees, measured: LayerTimes | None = None) -> PieceCost:
         key = kind, _without_ranks(degrees), measured
@@ -138,6 +150,9 @@ class Pricer:
                         self._inputs(piece.members[0], plain, 1 / self.model.sequences),
                         *(left * sum(self.profile(member, way).kept.fi + self.profile(member, way).kept.fw
                                      for member in piece.members) for way in ways))
+            for tied in self.tied(plain):
+                again = sum(tied.reads.values()) - 1
+                sums[0], sums[2] = sums[0] - again * tied.held, sums[2] - again * tied.trained
             self._footprints[degrees.split] = Footprint(sums[0], sums[1], sums[2], sums[3], kept)
         return self._footprints[degrees.split]
 
