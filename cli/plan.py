@@ -113,7 +113,8 @@ def plan(
                                                       rich_help_panel=_TEAMS)] = None,
     modes: Annotated[str | None, typer.Option(help="Modes of their own for some branches along the tensor axis (tensor,"
                                                    " sequence, batch), such as vision=batch: samples divided,"
-                                                   " parameters whole.",
+                                                   " parameters whole; or uniform: one for all. Default: a search also"
+                                                   " tries encoders in batch mode.",
                                               rich_help_panel=_TEAMS)] = None,
     eager: Annotated[bool, typer.Option("--eager", help="Count one kernel per operator, not fused ones.",
                                         rich_help_panel=_TEAMS)] = False,

@@ -30,7 +30,7 @@ def print_team(console: Console, result: TeamResult, how: str) -> None:
         f" recomputation {recompute_text(result)}")
     modes = branch_modes(result.plan)
     if modes:
-        say(f"modes of branches: {modes}")
+        say(f"modes of branches: {modes}" + (" (chosen)" if degrees.batch_branches else ""))
     say(f"stages: {len(result.layers)} on {degrees.ranks} rank{'s' * (degrees.ranks > 1)}, {result.schedule}; layers"
         f" per stage {layers_text(result.layers)}")
     rate = result.tokens_per_s_per_device
@@ -199,8 +199,9 @@ def print_runners(console: Console, found: Found) -> None:
     say = _Say(console)
     say(found.bound_text())
     for result, why in found.runners:
-        say(f"next: {result.degrees.text()}, microbatch {result.degrees.microbatch}, recomputation"
-            f" {recompute_text(result)}: {result.seconds:.4g} s ({result.seconds / found.best.seconds - 1:+.1%}):"
-            f" {why}")
+        modes = branch_modes(result.plan)
+        say(f"next: {result.degrees.text()}, microbatch {result.degrees.microbatch},"
+            f"{f' modes of branches {modes},' if modes else ''} recomputation {recompute_text(result)}:"
+            f" {result.seconds:.4g} s ({result.seconds / found.best.seconds - 1:+.1%}): {why}")
     for line in found.notes:
         say(line)

@@ -16,6 +16,7 @@ from mipipe.cli.requests.captured import captured, names_model
 from mipipe.cli.requests.files import check_positive, open_any
 from mipipe.cli.requests.team_request import TeamRequest
 from mipipe.graphs.cluster import Cluster, load_cluster, uniform_cluster
+from mipipe.graphs.coarse.graph_index import rows_of
 from mipipe.graphs.costs.collectives import fabric_of
 from mipipe.graphs.costs.table import CostTable
 from mipipe.graphs.efficiency import LowDtype
@@ -30,13 +31,15 @@ from mipipe.planner.teams.options import TeamOptions
 from mipipe.planner.teams.outside import otherwise, outside
 from mipipe.planner.teams.prices.degrees import RECOMPUTE, Degrees, completed, parse_degrees
 from mipipe.planner.teams.prices.machine import Machine, check_machine
-from mipipe.planner.teams.prices.pieces import ModelPieces, indivisible_of, model_pieces, rows_of
+from mipipe.planner.teams.prices.pieces import ModelPieces, indivisible_of, model_pieces
 from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.planner.teams.prices.profiled import profiled_layers
 from mipipe.planner.teams.remedies import remedy
 
 PRICED = ("tensor", "sequence", "batch")
 """Modes that a branch may have to itself along the tensor axis."""
+UNIFORM = "uniform"
+"""The value of ``--modes`` by which all branches have one mode."""
 LOW: dict[str, LowDtype] = {"fp8": "float8", "float8": "float8", "fp4": "float4", "float4": "float4"}
 """Values of ``--dtype`` by which products run in fewer bits than parameters have."""
 
@@ -49,7 +52,7 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
     described = _cluster(request, cluster, memory)
     given = {} if request.degrees is None else parse_degrees(request.degrees)
     model, note = _graph(graph, seq, dtype, settings, use_cache)
-    by_branch = {} if request.modes is None else parse_modes(request.modes, model)
+    by_branch = None if request.modes is None else parse_modes(request.modes, model)
     pieces = model_pieces(model, by_branch)
     if request.recomputation not in (None, *pieces.recompute):
         raise InputError(f"--recomputation {request.recomputation}: {model.model} makes no queries, keys and values of"
@@ -93,7 +96,7 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
 
             problem = result.plan.problem.replace(graph_digest=digest(model))
             save(with_task(dataclasses.replace(result.plan, problem=problem),
-                           TeamTask(machine, options, dict(pieces.modes))), output)
+                           TeamTask(machine, options, by_branch)), output)
     draw(result)
     whole = indivisible_of(pricer.model, result.degrees)
     beyond, other = outside(pricer, result.degrees), otherwise(pricer, result.degrees)
@@ -178,18 +181,19 @@ def _cluster(request: TeamRequest, cluster: Path | None, memory: str | None) -> 
 
 
 def parse_modes(text: str, model: OperatorGraph) -> dict[str, str]:
-    """``"vision=batch"`` as a mapping from branches of the model to modes.
+    """``"vision=batch"`` as a mapping from branches of the model to modes; ``"uniform"``: none has its own.
 
     Raises:
         InputError: no such branch, or no mode of the tensor axis.
     """
     branches = sorted({segment.tags.branch for segment in model.segments} - {None}, key=str)
     found: dict[str, str] = {}
-    for part in text.split(","):
+    for part in text.split(",") if text != UNIFORM else ():
         branch, equals, mode = part.strip().partition("=")
         if not equals or mode not in PRICED:
             raise InputError(f"--modes {part.strip()}: expected branch=mode with a mode of {', '.join(PRICED)}, such as"
-                             " vision=batch" + ("; --degrees expert= divides experts" if mode == "expert" else ""))
+                             f" vision=batch, or {UNIFORM}"
+                             + ("; --degrees expert= divides experts" if mode == "expert" else ""))
         if branch not in branches:
             raise InputError(f"--modes {part.strip()}: {model.model} has "
                              + (f"the branches {', '.join(map(str, branches))}" if branches else "no branches"))

@@ -94,12 +94,12 @@ def reshaped(shape: Sequence[int], target: Sequence[int], part: Part, size: int)
     """How the view ``target`` of a tensor of ``shape`` is divided where the tensor is; None where it is in no such way.
 
     The division cuts each of ``outer`` blocks of the row-major tensor into pieces; in the view, the dimension that
-    holds these blocks must hold whole pieces.
+    holds these blocks must hold whole pieces. For one member it may be one of length 1: the first, as samples are.
     """
     outer = math.prod(shape[:part.dim]) * part.sections
     before = 1
     for dim, length in enumerate(target):
-        if before * length > outer:
+        if before * length >= outer * size:
             sections, left = divmod(outer, before)
             if left or length % sections or (length // sections) % size:
                 return None

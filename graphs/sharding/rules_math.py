@@ -48,7 +48,7 @@ def _aligned(case: Case, name: str, part: Part) -> Part:
     shape, shift = case.shape(name), len(case.out) - len(case.shape(name))
     if part.kind is Kind.OWNED:
         return case.parts[name] if case.parts[name] == part else WHOLE
-    if part.dim < shift or shape[part.dim - shift] == 1:
+    if part.dim < shift or shape[part.dim - shift] == 1 < case.out[part.dim]:
         return WHOLE
     return part.at(part.dim - shift)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from mipipe.graphs.coarse.graph_index import rows_of
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.sharding.assign import assign
 from mipipe.graphs.sharding.boundaries import Streams, boundary_parts, segment_layouts
@@ -12,9 +13,9 @@ from mipipe.graphs.sharding.parts import WHOLE
 
 def samples_together(graph: OperatorGraph, branches: Collection[str]) -> str | None:
     """The first segment of these branches (by name) that looks at several samples at once, or whose results do not have
-    the samples in front; None where members can have samples each. Whatever the number of samples as captured."""
-    streams, seen = Streams(graph), set[str]()
-    lies = boundary_parts(graph, {segment.name: "batch" for segment in graph.segments}, streams, 1)
+    the samples in front; None where members can have samples each: told by as many members as there are samples."""
+    streams, seen, rows = Streams(graph), set[str](), rows_of(graph)
+    lies = boundary_parts(graph, {segment.name: "batch" for segment in graph.segments}, streams, rows)
     inside = {value.name for value in graph.values if value.differentiable and value.name not in graph.outputs}
     for segment in graph.segments:
         if segment.tags.branch not in branches or segment.trace in seen:
@@ -22,6 +23,6 @@ def samples_together(graph: OperatorGraph, branches: Collection[str]) -> str | N
         seen.add(segment.trace)
         trace = graph.trace(segment)
         if any(lies[name] == WHOLE for name in segment.outputs if name in inside) or assign(
-                trace, segment_layouts(trace, segment, lies, "batch", streams, 1)).gathered:
+                trace, segment_layouts(trace, segment, lies, "batch", streams, rows)).gathered:
             return segment.name
     return None

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from mipipe.graphs.coarse.graph_index import rows_of
 from mipipe.graphs.errors import InfeasibleError, InputError, MipipeError, TimeUpError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import STRICT, from_data, to_data
@@ -22,7 +23,7 @@ from mipipe.planner.teams.evaluate import TeamResult
 from mipipe.planner.teams.options import TeamOptions
 from mipipe.planner.teams.prices.degrees import Degrees
 from mipipe.planner.teams.prices.machine import Machine, check_machine
-from mipipe.planner.teams.prices.pieces import model_pieces, rows_of
+from mipipe.planner.teams.prices.pieces import model_pieces
 from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.planner.teams.search import search_teams
 from mipipe.planner.teams.space import anything, least_seconds
@@ -33,12 +34,12 @@ KEY = "task"
 
 @dataclass(frozen=True, slots=True)
 class TeamTask:
-    """What a plan of teams was made for: devices, all alike, what was fixed, and modes of branches."""
+    """What a plan of teams was made for: devices, all alike, what was fixed, and modes of branches (None: searched)."""
 
     __pydantic_config__: ClassVar = STRICT
     machine: Machine
     options: TeamOptions
-    modes: dict[str, str] = field(default_factory=dict)
+    modes: dict[str, str] | None = None
 
 
 def with_task(plan: Plan, task: TeamTask) -> Plan:
@@ -64,7 +65,8 @@ def made_again(plan: Plan, graph: OperatorGraph, devices: int, *, copies: int, l
                seconds: float | None = None, runs: Callable[[Plan], bool] = lambda plan: True,
                divides: Callable[[Plan], bool] = lambda plan: True) -> Plan:
     """The plan of the least step on at most so many devices, for the graph's microbatch and the sequences of a step
-    that ``copies`` of the plan take, with the plan's own modes of branches.
+    that ``copies`` of the plan take, with the modes of branches that were given for it, and of segments that it was
+    given by hand.
 
     Args:
         plan: one of teams that says what it was made for (`task_of`).
@@ -83,14 +85,17 @@ def made_again(plan: Plan, graph: OperatorGraph, devices: int, *, copies: int, l
     """
     began = time.monotonic()
     task, rows = task_of(plan), rows_of(graph)
-    pricer = Pricer(model_pieces(graph, task.modes), task.machine)
+    facts = plan.provenance.get("team")
+    priced = task.modes or (isinstance(facts, dict) and facts.get("modes"))
+    own = () if priced else tuple(item for item in (plan.team or Team({})).modes
+                                  if item.segments and item.mode != "expert")
+    pricer = Pricer(model_pieces(graph, {} if own else task.modes), task.machine)
     limit_s, refused = seconds or task.options.time_limit_s, list[tuple[dict[str, int], tuple[TeamMode, ...]]]()
     until = began + limit_s
-    own = tuple(item for item in (plan.team or Team({})).modes if item.segments and item.mode != "expert")
 
     def with_own(team: Team | None) -> Team:
         assert team is not None
-        return team if "tensor" not in team.axes or pricer.model.modes else replace(team, modes=team.modes + own)
+        return replace(team, modes=team.modes + own) if "tensor" in team.axes else team
 
     def wanted(degrees: Degrees) -> bool:
         team = with_own(team_of(pricer.model, degrees, task.machine.kind.name))

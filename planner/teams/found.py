@@ -109,6 +109,21 @@ def why_slower(item: TeamResult, top: TeamResult) -> str:
 
 
 def notes_of(results: list[TeamResult], top: TeamResult) -> list[str]:
+    """What the best without a pipeline, or with one, takes; and that with other modes of branches."""
+    return [*_pipeline_notes(results, top), *_mode_notes(results, top)]
+
+
+def _mode_notes(results: list[TeamResult], top: TeamResult) -> list[str]:
+    chosen = top.degrees.batch_branches
+    item = next((item for item in results if bool(item.degrees.batch_branches) != bool(chosen)), None)
+    if item is None:
+        return []
+    other = "one mode for all branches" if chosen else f"{', '.join(item.degrees.batch_branches)} in batch mode"
+    return [f"with {other} the best one tried ({item.degrees.text()}) takes {item.seconds:.4g} s,"
+            f" {item.seconds / top.seconds - 1:+.1%}: {why_slower(item, top)}"]
+
+
+def _pipeline_notes(results: list[TeamResult], top: TeamResult) -> list[str]:
     pipelines = [item for item in results if item.degrees.ranks > 1]
     alone = [item for item in results if item.degrees.ranks == 1]
     if top.degrees.ranks == 1 and pipelines:

@@ -7,7 +7,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import chain, combinations, count
 
 from mipipe.graphs.costs.split_rules import ATTENTION
 from mipipe.graphs.operator_graph import DTYPE_BYTES, Role
@@ -40,8 +40,8 @@ def divisors(value: int) -> list[int]:
 
 
 def all_degrees(model: ModelPieces, devices: int, global_batch: int, given: Mapping[str, int]) -> Iterator[Degrees]:
-    """Every combination of axes that divides what it must; ``given`` fixes some. Chunks and recomputation are left to
-    the master, microbatches and sharding over copies to `variants`."""
+    """Every combination of axes, and of encoders in ``batch`` mode, that divides what it must; ``given`` fixes some
+    axes. Chunks and recomputation are left to the master, microbatches and sharding over copies to `variants`."""
     experts = any(segment.tags.role is Role.EXPERTS for segment in model.graph.segments)
     sequence_given = given.get("sequence")
     for tensor in divisors(devices):
@@ -60,9 +60,16 @@ def all_degrees(model: ModelPieces, devices: int, global_batch: int, given: Mapp
                         continue
                     base = Degrees(ranks, tensor, sequence, context, 1, copies)
                     for expert in divisors(tensor * context * copies) if experts else (1,):
-                        made = replace(base, expert=expert)
-                        if given.get("expert", expert) == expert and misfit(model, made, global_batch) is None:
-                            yield made
+                        if given.get("expert", expert) != expert:
+                            continue
+                        for branches in _subsets(model.encoders if tensor > 1 else ()):
+                            made = replace(base, expert=expert, batch_branches=branches)
+                            if misfit(model, made, global_batch) is None:
+                                yield made
+
+
+def _subsets(branches: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    return chain.from_iterable(combinations(branches, size) for size in range(len(branches) + 1))
 
 
 def anything(degrees: Degrees) -> bool:

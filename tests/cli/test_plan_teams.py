@@ -237,6 +237,16 @@ def test_a_mode_for_a_branch(mipipe, tmp_path):
     assert [(item.mode, bool(item.segments)) for item in team.modes] == [("sequence", False), ("batch", True)]
     shown = mipipe("show", tmp_path / "plan.json")
     assert "2 ranks, each a team of 2 (tensor 2), 1 copy, modes of branches: vision batch" in shown.stdout
+    search = (*given[:-2], "--degrees", "sequence=2", "--time-limit", 12)
+    ended = mipipe(*search, "-o", tmp_path / "chosen.json")
+    assert "modes of branches: vision batch (chosen)\n" in ended.stdout
+    assert "with one mode for all branches the best one tried (" in ended.stdout
+    chosen = load(tmp_path / "chosen.json", Plan)
+    assert task_of(chosen).modes is None and chosen.team.modes == team.modes
+    mipipe(*search, "--modes", "uniform", "-o", tmp_path / "uniform.json")
+    uniform = load(tmp_path / "uniform.json", Plan)
+    assert task_of(uniform).modes == {} and uniform.team.modes == team.modes[:1]
+    assert uniform.makespan_ns > chosen.makespan_ns
     for modes, message in (("audio=batch", "has the branches projector, text, vision"),
                            ("vision=context", "with a mode of tensor, sequence, batch"),
                            ("text=expert", "; --degrees expert= divides experts"),

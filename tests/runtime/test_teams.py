@@ -13,11 +13,20 @@ import torch
 from runtime_pool import Pool
 
 from mipipe.graphs.capture.model import capture_module
+from mipipe.graphs.cluster import DeviceKind
+from mipipe.graphs.costs.collectives import Fabric, Level
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.models.loss import sum_over
 from mipipe.graphs.operator_graph import Role
+from mipipe.graphs.serialize import digest
 from mipipe.graphs.sharding.team_graph import MemberGraph
+from mipipe.graphs.topology import Link
 from mipipe.planner.team import Team, TeamMode
+from mipipe.planner.teams.options import TeamOptions
+from mipipe.planner.teams.prices.machine import Machine
+from mipipe.planner.teams.prices.pieces import model_pieces
+from mipipe.planner.teams.prices.pricing import Pricer
+from mipipe.planner.teams.search import search_teams
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.ranks.options import EngineOptions
 
@@ -59,6 +68,17 @@ def test_a_mode_for_each_branch_on_two_teams_of_two(pool):
     """Values change their layout between the tower and the language model, on one rank or on the way to another."""
     made = equal.case("vlm")
     teams.compare(pool, made, plans_of(made.graph, 2, by_branch(made.graph)))
+
+
+def test_a_mode_that_a_search_chose(pool):
+    """Where every collective waits, the tower's members have samples each: as with modes that are given."""
+    made = equal.case("vlm")
+    machine = Machine(DeviceKind("slow", {"float64": 10**9}, 10**9, 10**9, 0, "made up"),
+                      Fabric((Level("host", 8, Link(10**5, 10**9)),)), 10**9, "float64")
+    options = TeamOptions({"tensor": 2, "ranks": 2}, equal.ROWS, time_limit_s=6.0, order=False)
+    plan = search_teams(Pricer(model_pieces(made.graph), machine), 4, MICROBATCHES * equal.ROWS, options).best.plan
+    assert plan.team.modes[-1] == by_branch(made.graph).modes[-1]
+    teams.compare(pool, made, [replace(plan, problem=plan.problem.replace(graph_digest=digest(made.graph)))])
 
 
 def test_two_axes_and_tied_tables(pool):

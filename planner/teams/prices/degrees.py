@@ -28,7 +28,8 @@ class Degrees:
 
     ``zero``: what copies divide among them: nothing (0), optimizer state (1), gradients too (2), parameters too (3).
     ``recompute``: what runs again in the backward: nothing, the up-projections of latents (``latents``), attention
-    (``selective``), whole layers (``full``).
+    (``selective``), whole layers (``full``). ``batch_branches``: those that a search gives the mode ``batch`` along the
+    tensor axis, where it may choose (`ModelPieces.encoders`).
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -42,6 +43,7 @@ class Degrees:
     microbatch: int = 1
     zero: int = 1
     recompute: Recompute = "none"
+    batch_branches: tuple[str, ...] = ()
 
     @property
     def team(self) -> int:
@@ -55,6 +57,11 @@ class Degrees:
     @property
     def split(self) -> TeamSplit:
         return TeamSplit(self.tensor, self.context, self.expert, self.sequence)
+
+    @property
+    def division(self) -> tuple[TeamSplit, tuple[str, ...]]:
+        """How the members of a team divide all branches' work."""
+        return self.split, self.batch_branches
 
     @property
     def expert_copies(self) -> int:
@@ -125,6 +132,5 @@ def completed(given: Mapping[str, int], devices: int, microbatch: int, recompute
         raise InputError(f"--degrees: {shown} = {used * copies} devices, but there are {devices}; "
                          + (f"copies={fits} would use them all" if fits else
                             f"ranks x tensor x context = {used} does not divide {devices}"))
-    return Degrees(copies=copies, expert=given.get("expert", 1), zero=given.get("zero", 1),
-                   sequence="sequence" in given and sizes["tensor"] > 1, microbatch=microbatch, recompute=recompute,
-                   **sizes)
+    return Degrees(sizes["ranks"], sizes["tensor"], "sequence" in given and sizes["tensor"] > 1, sizes["context"],
+                   given.get("expert", 1), copies, sizes["chunks"], microbatch, given.get("zero", 1), recompute)

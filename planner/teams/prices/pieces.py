@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from mipipe.graphs.coarse.graph_index import GraphIndex, index_graph
+from mipipe.graphs.coarse.graph_index import GraphIndex, index_graph, rows_of
 from mipipe.graphs.coarse.totals import model_flops
 from mipipe.graphs.costs.latents import with_latents_again
 from mipipe.graphs.costs.split_rules import indivisible, split_rules
@@ -20,6 +20,7 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.exchange import exchanges
 from mipipe.graphs.modes import Layout
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role, SegmentTrace
+from mipipe.planner.teams.prices.branches import TOKENS, check_modes, encoders_of, together
 from mipipe.planner.teams.prices.degrees import RECOMPUTE, Degrees, Recompute
 
 
@@ -38,7 +39,8 @@ class ModelPieces:
     """A graph in pieces, in topological order. ``kinds[k]`` is the first piece of kind k.
 
     ``sequences`` are those of a microbatch as captured, ``tokens`` of one sequence (None: the model has no tokens).
-    ``modes``: along the tensor axis, of the branches that have their own.
+    ``modes``: along the tensor axis, of the branches that have their own; None: those that degrees say, which a search
+    chooses.
     """
 
     graph: OperatorGraph
@@ -47,17 +49,18 @@ class ModelPieces:
     kinds: tuple[SegmentGroup, ...]
     sequences: int
     tokens: int | None
-    modes: Mapping[str, str] = field(default_factory=dict)
+    modes: Mapping[str, str] | None = None
 
     def own_modes(self, degrees: Degrees) -> dict[str, str]:
         """The modes of branches that are not that of all others, where a team has a tensor axis for them."""
-        usual = degrees.split.mode
-        return {branch: mode for branch, mode in self.modes.items() if degrees.tensor > 1 and mode != usual}
+        modes, usual = {**(self.modes or {}), **dict.fromkeys(degrees.batch_branches, "batch")}, degrees.split.mode
+        return {branch: mode for branch, mode in modes.items() if degrees.tensor > 1 and mode != usual}
 
     def mode(self, member: int, degrees: Degrees) -> str:
         """The mode of a segment (by index) along the tensor axis."""
-        own = self.modes.get(self.graph.segments[member].tags.branch or "") if degrees.tensor > 1 else None
-        return own or degrees.split.mode
+        branch = self.graph.segments[member].tags.branch or ""
+        own = "batch" if branch in degrees.batch_branches else (self.modes or {}).get(branch)
+        return own if own and degrees.tensor > 1 else degrees.split.mode
 
     def split(self, member: int, degrees: Degrees) -> tuple[TeamSplit, float]:
         """How a team divides the microbatch of a segment (by index) as captured, and the share of it that is left to
@@ -131,6 +134,13 @@ class ModelPieces:
         """The ways to run something again that there are for this model, none among them."""
         return tuple(way for way in RECOMPUTE if way != "latents" or self.latents)
 
+    @cached_property
+    def encoders(self) -> tuple[str, ...]:
+        """The branches that a search may give the mode ``batch``: encoders of which members can have samples each; none
+        where ``modes`` are given."""
+        found = encoders_of(self.graph, self.index) if self.modes is None else ()
+        return tuple(branch for branch in found if together(self.graph, (branch,)) is None)
+
     def trace(self, member: int, recompute: Recompute) -> SegmentTrace:
         """The trace of a segment (by index) where layers run again in a way."""
         own = self.index.traces[member]
@@ -155,16 +165,18 @@ class ModelPieces:
 
 
 def model_pieces(graph: OperatorGraph, modes: Mapping[str, str] | None = None) -> ModelPieces:
-    """The pieces of a graph captured at the granularity of blocks or layers, whose branches have these ``modes``.
+    """The pieces of a graph captured at the granularity of blocks or layers, whose branches have these ``modes`` (None:
+    as degrees say, which a search chooses).
 
     Raises:
         InputError: a branch in ``batch`` mode looks at several samples at once.
     """
-    _check_modes(graph, modes or {})
-    index, own = index_graph(graph), dict(modes or {})
+    check_modes(graph, modes or {})
+    index = index_graph(graph)
+    apart = {branch: branch for branch in encoders_of(graph, index)} | dict(modes or {})
 
-    def mode(member: int) -> str | None:
-        return own.get(graph.segments[member].tags.branch or "") if member >= 0 else None
+    def mode(member: int) -> str | None:  # that may differ from others'
+        return apart.get(graph.segments[member].tags.branch or "") if member >= 0 else None
 
     runs: list[tuple[Any, list[int]]] = []
     for number, segment in enumerate(graph.segments):
@@ -186,27 +198,9 @@ def model_pieces(graph: OperatorGraph, modes: Mapping[str, str] | None = None) -
         if kind == len(first):
             first.append(pieces[-1])
     shapes = {value.name: value.spec.shape for value in graph.values if value.name in graph.inputs}
-    ids = next((shapes[name] for name in ("input_ids", "decoder_input_ids") if name in shapes), None)
+    ids = next((shapes[name] for name in TOKENS if name in shapes), None)
     return ModelPieces(graph, index, tuple(pieces), tuple(first), rows_of(graph),
-                       math.prod(ids) // max(1, ids[0]) if ids else None, own)
-
-
-def _check_modes(graph: OperatorGraph, modes: Mapping[str, str]) -> None:
-    """Raise `InputError` where members cannot have samples each of a branch in ``batch`` mode."""
-    apart = [branch for branch, mode in modes.items() if mode == "batch"]
-    if apart:
-        from mipipe.graphs.sharding.samples import samples_together  # torch
-
-        found = samples_together(graph, apart)
-        if found is not None:
-            raise InputError(f"--modes {','.join(f'{branch}=batch' for branch in apart)}: {found} looks at several"
-                             " samples at once, so that members cannot have samples each; leave its branch out")
-
-
-def rows_of(graph: OperatorGraph) -> int:
-    """The sequences of a microbatch as captured."""
-    shapes = [value.spec.shape for value in graph.values if value.name in graph.inputs]
-    return max(1, next((shape[0] for shape in shapes if shape), 1))
+                       math.prod(ids) // max(1, ids[0]) if ids else None, None if modes is None else dict(modes))
 
 
 def misfit(model: ModelPieces, degrees: Degrees, global_batch: int) -> str | None:
@@ -235,7 +229,7 @@ def misfit(model: ModelPieces, degrees: Degrees, global_batch: int) -> str | Non
 
 def samples_misfit(model: ModelPieces, degrees: Degrees) -> str | None:
     """Why a microbatch does not divide among members that have samples each, in one line; None where it does."""
-    named = ",".join(f"{branch}={mode}" for branch, mode in model.modes.items() if mode == "batch")
+    named = ",".join(f"{branch}={mode}" for branch, mode in model.own_modes(degrees).items() if mode == "batch")
     if not named or not degrees.microbatch % degrees.tensor:
         return None
     return (f"--modes {named}: microbatches of {degrees.microbatch} samples do not divide among the {degrees.tensor}"

@@ -6,7 +6,7 @@ expert axis. With sharded gradients (`zero` 2) they are reduced in every microba
 sharded parameters (`zero` 3) these are gathered beside the forward and the backward. What is longer than the phase
 beside it shows.
 
-A branch may have its own mode along the tensor axis (`ModelPieces.modes`). Members in ``batch`` mode have whole
+A branch may have its own mode along the tensor axis (`ModelPieces.own_modes`). Members in ``batch`` mode have whole
 parameters and their part of the samples, and sum gradients once per step, over the tensor axis and the copies together;
 with `zero` 2 and 3 over the tensor axis, each the part that its copy keeps. What passes between modes is changed by the
 segment that reads it, as the runtime does (`mipipe.planner.teams.prices.between_modes`).
@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 from mipipe.graphs.costs.collectives import collective_ns
 from mipipe.graphs.costs.estimate_modes import estimated_profile, forward_alive
-from mipipe.graphs.costs.trace_facts import TeamSplit, TraceFacts, trace_facts
+from mipipe.graphs.costs.trace_facts import TraceFacts, trace_facts
 from mipipe.graphs.efficiency import phase_seconds
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.modes import Collective, ModeProfile
@@ -63,10 +63,10 @@ class Pricer:
         self.origins: Counter[str] = Counter()
         self._profiles: dict[tuple[str, object, bool], ModeProfile] = {}
         self._costs: dict[tuple[int, Degrees, LayerTimes | None], PieceCost] = {}
-        self._works: dict[tuple[int, TeamSplit, int, Recompute], PieceWork] = {}
+        self._works: dict[tuple[int, object, int, Recompute], PieceWork] = {}
         self._fanouts: dict[str, float] = {}
-        self._held: dict[tuple[int, TeamSplit, Recompute, bool], int] = {}
-        self._footprints: dict[TeamSplit, Footprint] = {}
+        self._held: dict[tuple[int, object, Recompute, bool], int] = {}
+        self._footprints: dict[object, Footprint] = {}
         self._facts: dict[tuple[str, Role, bool], TraceFacts] = {}
         self._tied: dict[Degrees, tuple[TiedParameter, ...]] = {}
 
@@ -131,7 +131,7 @@ class Pricer:
 
     def footprint(self, degrees: Degrees) -> Footprint:
         """The footprint on a team of these degrees."""
-        if degrees.split not in self._footprints:
+        if degrees.division not in self._footprints:
             sums, kept = [0, 0, 0, 0], 0.0
             plain = replace(degrees, recompute="none", microbatch=1)
             ways = [plain, replace(plain, recompute="latents")] if self.model.latents else [plain]
@@ -153,8 +153,8 @@ class Pricer:
             for tied in self.tied(plain):
                 again = sum(tied.reads.values()) - 1
                 sums[0], sums[2] = sums[0] - again * tied.held, sums[2] - again * tied.trained
-            self._footprints[degrees.split] = Footprint(sums[0], sums[1], sums[2], sums[3], kept)
-        return self._footprints[degrees.split]
+            self._footprints[degrees.division] = Footprint(sums[0], sums[1], sums[2], sums[3], kept)
+        return self._footprints[degrees.division]
 
     def collectives(self, degrees: Degrees) -> int:
         """How many collectives all pieces wait for in a microbatch."""
@@ -181,7 +181,7 @@ class Pricer:
     def _work(self, kind: int, degrees: Degrees) -> PieceWork:
         """What of a piece's cost is the same however copies share state and whether whole layers run again."""
         way = degrees.recompute if degrees.recompute != "full" else "none"
-        key = kind, degrees.split, degrees.microbatch, way
+        key = kind, degrees.division, degrees.microbatch, way
         if key in self._works:
             return self._works[key]
         piece, machine = self.model.kinds[kind], self.machine
@@ -231,7 +231,7 @@ class Pricer:
     def _alive(self, piece: SegmentGroup, degrees: Degrees, again: bool) -> int:
         """Bytes that a piece's F has in memory at once, of a microbatch as captured, without what stays for the
         backward; ``again``: nothing does. Values between its segments are there until the last that reads them."""
-        key = piece.kind, degrees.split, degrees.recompute if not again else "none", again
+        key = piece.kind, degrees.division, degrees.recompute if not again else "none", again
         if key in self._held:
             return self._held[key]
         split = self.model.split(piece.members[0], degrees)[0]

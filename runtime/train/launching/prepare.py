@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from mipipe.graphs.coarse.graph_index import rows_of
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.recipes.source import recipe_of
@@ -19,7 +20,6 @@ from mipipe.planner.execution.lower import lower
 from mipipe.planner.plan import Plan
 from mipipe.planner.policy_branches import load_plans
 from mipipe.planner.program import Program
-from mipipe.planner.teams.prices.pieces import rows_of
 from mipipe.runtime.checkpoints.checkpoint_folder import choose, probe, read_state
 from mipipe.runtime.checkpoints.checkpoint_run import Start
 from mipipe.runtime.checkpoints.folder_lock import FolderLock

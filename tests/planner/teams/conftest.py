@@ -1,9 +1,10 @@
-"""A small Llama of six layers, captured once with the modes of teams of two and four."""
+"""Small models, captured once."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,27 @@ def latent(tmp_path_factory) -> OperatorGraph:
            "first_k_dense_replace": 6}
     (folder / "config.json").write_text(json.dumps(CONFIG | own))
     return capture(str(folder), seq=512, dtype="bfloat16", verify=False)
+
+
+@pytest.fixture(scope="session")
+def llava_of(tmp_path_factory) -> Callable[[int], OperatorGraph]:
+    """Of so many samples a microbatch: text of 16 tokens, images of five patches, which two members do not divide."""
+    from mipipe.graphs.capture.model import capture
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    folder = tmp_path_factory.mktemp("llava")
+    (folder / "config.json").write_text(json.dumps({
+        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "image_token_index": 63,
+        "image_seq_length": 5, "vision_feature_layer": -1, "vision_feature_select_strategy": "full",
+        "vision_config": {**sizes, "model_type": "clip_vision_model", "image_size": 8, "patch_size": 4},
+        "text_config": {**sizes, "model_type": "llama", "vocab_size": 64, "num_key_value_heads": 4}}))
+    return lambda batch: capture(str(folder), seq=16, batch=batch, verify=False)
+
+
+@pytest.fixture(scope="session")
+def llava(llava_of) -> OperatorGraph:
+    """Two samples a microbatch."""
+    return llava_of(2)
 
 
 @pytest.fixture(scope="session")

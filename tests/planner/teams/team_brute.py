@@ -9,6 +9,7 @@ from itertools import combinations, pairwise
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
 from mipipe.planner.teams.orders import order_of
 from mipipe.planner.teams.prices.degrees import Degrees
+from mipipe.planner.teams.prices.pieces import samples_misfit
 from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.planner.teams.space import all_degrees, variants
 from mipipe.planner.teams.stages import overlap_rule
@@ -26,7 +27,8 @@ def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
 def all_of(pricer: Pricer, devices: int, batch: int, given: Mapping[str, int],
            microbatch: int | None) -> list[Degrees]:
     return [degrees for base in all_degrees(pricer.model, devices, batch, given)
-            for line in variants(base, batch, given, microbatch) for degrees in line]
+            for line in variants(base, batch, given, microbatch) for degrees in line
+            if samples_misfit(pricer.model, degrees) is None]
 
 
 def everything(pricer: Pricer, devices: int, batch: int, given: Mapping[str, int], microbatch: int | None, *,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
 from team_machine import machine
 
-from mipipe.graphs.capture.model import capture
 from mipipe.graphs.costs.collectives import collective_ns
 from mipipe.graphs.costs.estimate_modes import estimated_profile
 from mipipe.graphs.costs.mode_profile import all_work
@@ -35,19 +33,6 @@ from mipipe.planner.teams.space import DegreeSpace, floor_of, roughly_fits
 MACHINE = replace(machine(), dtype="float32")
 VISION = {"vision": "batch"}
 KINDS = CollectiveKind
-
-
-@pytest.fixture(scope="module")
-def llava(tmp_path_factory):
-    """Two samples a microbatch: text of 16 tokens, images of five patches, which two members do not divide."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    folder = tmp_path_factory.mktemp("llava")
-    (folder / "config.json").write_text(json.dumps({
-        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "image_token_index": 63,
-        "image_seq_length": 5, "vision_feature_layer": -1, "vision_feature_select_strategy": "full",
-        "vision_config": {**sizes, "model_type": "clip_vision_model", "image_size": 8, "patch_size": 4},
-        "text_config": {**sizes, "model_type": "llama", "vocab_size": 64, "num_key_value_heads": 4}}))
-    return capture(str(folder), seq=16, batch=2, verify=False)
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +173,12 @@ def test_a_search_has_the_modes_and_a_plan_made_again_keeps_them(llava):
     assert [item.mode for item in again.team.modes if item.segments] == ["batch"]
     assert task_of(again).modes == again.provenance["team"]["modes"] == VISION
     assert again.team.copies * again.problem.num_ranks == 1
+
+
+def test_samples_are_told_apart_where_one_was_captured(llava_of):
+    graph = llava_of(1)
+    assert samples_together(graph, ["vision", "text"]) is None
+    assert samples_together(graph, ["vision", "projector"]) == "model.multi_modal_projector"
 
 
 def test_what_has_no_samples_of_its_own_is_refused(llava):
