@@ -22,7 +22,7 @@ from mipipe.planner.team import Team
 @dataclass(frozen=True, slots=True)
 class Configuration:
     """What engines are told of a plan. ``recompute``: none, latents, selective, full, or ``block`` with layers per
-    stage."""
+    stage; ``tokens`` of a sequence (None: the model has none)."""
 
     team: Team
     ranks: int
@@ -34,6 +34,8 @@ class Configuration:
     recompute: str
     block: int
     turned: bool
+    experts: bool
+    tokens: int | None
 
     @property
     def tensor(self) -> int:
@@ -42,6 +44,16 @@ class Configuration:
     @property
     def context(self) -> int:
         return self.team.axes.get("context", 1)
+
+    @property
+    def shards(self) -> int:
+        """Devices that have the same parameters, but for experts: what ZeRO divides is divided over them."""
+        return self.context * self.team.copies
+
+    @property
+    def expert_shards(self) -> int:
+        """Devices that have the same experts."""
+        return self.tensor * self.shards // self.team.expert
 
     @property
     def sequence(self) -> bool:
@@ -67,6 +79,10 @@ def configuration(plan: Plan, engine: str) -> Configuration:
             or not all(isinstance(count, int) and 0 <= count < 10_000 for count in layers):
         raise InputError(f"plan {plan.name}: does not say the layers of its {len(plan.placement.stages)} stages; plan"
                          " again with this version of mipipe")
+    experts, tokens = facts.get("experts"), facts.get("tokens")
+    if not isinstance(experts, bool) or not (tokens is None or isinstance(tokens, int)):
+        raise InputError(f"plan {plan.name}: does not say whether its model has experts, and its tokens; plan again"
+                         " with this version of mipipe")
     if len(branches) > 1:
         raise _cannot(plan, engine, f"layouts of one chain of layers; this model has the branches"
                                     f" {', '.join(map(str, branches))}")
@@ -81,8 +97,15 @@ def configuration(plan: Plan, engine: str) -> Configuration:
     if any(len(stage.ranks) > 1 for stage in stages) or not (looped or turned):
         raise _cannot(plan, engine, "chains of stages, interleaved or in a V, each stage on one rank")
     recompute, block = _recompute(plan, team, engine, sum(layers))
-    return Configuration(team, ranks, chunks, tuple(layers), str(facts.get("schedule")), team.microbatch,
-                         plan.problem.num_microbatches, recompute, block, turned)
+    found = Configuration(team, ranks, chunks, tuple(layers), str(facts.get("schedule")), team.microbatch,
+                          plan.problem.num_microbatches, recompute, block, turned, experts, tokens)
+    if found.context > 1 and found.tokens is not None and found.tokens % (2 * found.context):
+        raise _cannot(plan, engine, f"sequences in multiples of 2 x context = {2 * found.context} tokens; this plan's"
+                                    f" have {found.tokens}")
+    if found.experts and team.zero > 1 and found.expert_shards > 1:
+        raise _cannot(plan, engine, f"ZeRO-{team.zero} of all parameters; this plan's experts are whole on the"
+                                    f" {found.expert_shards} devices that hold the same; plan with --degrees zero=1")
+    return found
 
 
 def _recompute(plan: Plan, team: Team, engine: str, layers: int) -> tuple[str, int]:
@@ -147,9 +170,12 @@ def megatron_options(plan: Plan, engine: str = "Megatron-LM") -> dict[str, Any]:
     if found.chunks > 1 and found.microbatches % found.ranks:
         raise _cannot(plan, engine, f"microbatches in multiples of the {found.ranks} ranks where stages are"
                                     f" interleaved; this plan has {found.microbatches}")
-    if team.zero > 1 and team.copies > 1 and found.ranks > 1:
+    if team.zero > 1 and found.shards > 1 and found.ranks > 1:
         raise _cannot(plan, engine, f"ZeRO-1 with a pipeline; this plan has ZeRO-{team.zero}; plan with --degrees"
                                     " zero=1")
+    if found.experts and found.tensor > 1 and not found.sequence:
+        raise _cannot(plan, engine, f"models with experts on tensor members in sequence mode; this plan has tensor="
+                                    f"{found.tensor}; plan with --degrees sequence={found.tensor}")
     options: dict[str, Any] = {
         "tensor-model-parallel-size": found.tensor, "pipeline-model-parallel-size": found.ranks,
         "context-parallel-size": found.context}
@@ -157,15 +183,16 @@ def megatron_options(plan: Plan, engine: str = "Megatron-LM") -> dict[str, Any]:
         options["sequence-parallel"] = True
     if found.ranks > 1:
         options["pipeline-model-parallel-layout"] = pipeline_layout(found.layers)
-    if team.expert > 1:
+    if found.experts and team.expert * found.tensor > 1:  # banks are whole: else Megatron divides them as tensor does
         options |= {"expert-model-parallel-size": team.expert, "expert-tensor-parallel-size": 1}
     options |= {"num-layers": sum(found.layers), "micro-batch-size": found.microbatch,
                 "global-batch-size": found.global_batch}
-    if team.zero == 1 and team.copies > 1:
+    if team.zero > 0 and found.shards > 1:
         options["use-distributed-optimizer"] = True
-    elif team.zero > 1 and team.copies > 1:
+    if team.zero > 1 and found.shards > 1:
         options |= {"use-megatron-fsdp": True, "data-parallel-sharding-strategy":
-                    "optim_grads" if team.zero == 2 else "optim_grads_params"}
+                    "optim_grads" if team.zero == 2 else "optim_grads_params",
+                    "no-gradient-accumulation-fusion": True, "ckpt-format": "fsdp_dtensor"}
     modules = {"selective": "core_attn", "latents": "mla_up_proj"}.get(found.recompute)
     if modules is not None:
         options |= {"recompute-granularity": "selective", "recompute-modules": modules}
@@ -185,15 +212,19 @@ def megatron_flags(plan: Plan) -> str:
 
 
 _BRIDGE = {"micro-batch-size": "train", "global-batch-size": "train", "use-distributed-optimizer": "ddp",
-           "use-megatron-fsdp": "ddp", "data-parallel-sharding-strategy": "ddp"}
+           "use-megatron-fsdp": "ddp", "data-parallel-sharding-strategy": "ddp", "ckpt-format": "checkpoint"}
 """The sections of Megatron-Bridge's ConfigContainer that options are in; all others are the model's."""
 
 
 def bridge_config(plan: Plan) -> str:
     """The same as overrides of Megatron-Bridge's ConfigContainer, in JSON; raises as `megatron_options`."""
-    sections: dict[str, dict[str, Any]] = {"model": {}, "train": {}, "ddp": {}}
+    sections: dict[str, dict[str, Any]] = {"model": {}, "train": {}, "ddp": {}, "dist": {}, "checkpoint": {}}
     for name, value in megatron_options(plan, "Megatron-Bridge").items():
         key = name.replace("-", "_")
+        if key == "use_megatron_fsdp":
+            sections["dist"][key] = value
+        if key.startswith("no_"):
+            key, value = key.removeprefix("no_"), False
         sections[_BRIDGE.get(name, "model")][key] = [value] if key == "recompute_modules" else value
     return json.dumps({name: found for name, found in sections.items() if found}, indent=2) + "\n"
 
@@ -209,13 +240,14 @@ def torchtitan_config(plan: Plan, csv_file: str) -> tuple[str, str | None]:
     """
     found = configuration(plan, "torchtitan")
     team = found.team
-    if found.recompute == "latents":
-        raise _cannot(plan, "torchtitan", "no recomputation of up-projections of latents; plan with --recomputation"
-                                          " none, selective or full")
-    if found.recompute == "block":
-        raise _cannot(plan, "torchtitan", "recomputation of all layers or of none; plan with --recomputation none,"
-                                          " selective or full")
+    if found.recompute not in ("none", "full"):
+        raise _cannot(plan, "torchtitan", "recomputation of all layers or of none (its selective mode keeps attention"
+                                          " and repeats the rest); plan with --recomputation none or full")
     shards = team.zero > 0 and team.copies > 1
+    if not team.zero and found.context > 1:
+        raise _cannot(plan, "torchtitan", "context members only with what FSDP divides over them; this plan has"
+                                          " zero=0; plan with --degrees zero=1, 2 or 3")
+    _check_experts(plan, found, found.context * (team.copies if shards else 1))
     parallelism: dict[str, Any] = {
         "data_parallel_replicate_degree": 1 if shards else team.copies,
         "data_parallel_shard_degree": team.copies if shards else 1,
@@ -238,6 +270,22 @@ def torchtitan_config(plan: Plan, csv_file: str) -> tuple[str, str | None]:
             "training": {"local_batch_size": found.microbatch * found.microbatches,
                          "global_batch_size": found.global_batch}}
     return json.dumps(data, indent=2) + "\n", order
+
+
+def _check_experts(plan: Plan, found: Configuration, shards: int) -> None:
+    """Raise `InputError` where torchtitan's meshes have no place for groups of whole experts: they are made of all
+    tensor and context members and of devices that FSDP shards over (``shards`` with context); without groups tensor
+    members divide every expert."""
+    inner, expert = found.tensor * found.context, found.team.expert
+    if found.experts and expert == 1 and found.tensor > 1:
+        raise _cannot(plan, "torchtitan", f"experts divided as tensor={found.tensor} divides all else; this plan's are"
+                                          f" whole; plan with --degrees expert={inner}")
+    if expert > 1 and expert % inner:
+        raise _cannot(plan, "torchtitan", f"groups of experts of all tensor x context = {inner} members; this plan has"
+                                          f" expert={expert}")
+    if expert > 1 and found.tensor * shards % expert:
+        raise _cannot(plan, "torchtitan", f"groups of experts over copies that share optimizer state; this plan has"
+                                          f" expert={expert}, zero={found.team.zero}; plan with --degrees zero=1")
 
 
 def _module_names(layers: tuple[int, ...]) -> list[list[str]]:

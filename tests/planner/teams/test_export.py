@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -77,9 +78,10 @@ def test_attention_runs_again_in_all_layers_or_is_refused(planned):
     degrees = Degrees(ranks=2, copies=4, tensor=2)
     every = planned(degrees, layers=(3, 3), recompute=["none", *["selective"] * 6, "none"])
     assert "--recompute-modules core_attn\n" in megatron_flags(every)
-    assert json.loads(torchtitan_config(every, "order.csv")[0])["activation_checkpoint"] == "selective"
+    with pytest.raises(InputError, match="torchtitan takes recomputation of all layers or of none"):
+        torchtitan_config(every, "order.csv")
     some = planned(degrees, layers=(3, 3), recompute=["none", *["selective"] * 2, *["none"] * 4, "none"])
-    for export in (megatron_flags, bridge_config, lambda plan: torchtitan_config(plan, "order.csv")):
+    for export in (megatron_flags, bridge_config):
         with pytest.raises(InputError, match=r"attention that run again in all layers or .* here they do in 2 of 6"):
             export(some)
 
@@ -118,3 +120,98 @@ def test_what_engines_cannot_say(planned):
     two = plain.provenance["team"] | {"branches": ["text", "vision"]}
     with pytest.raises(InputError, match="this model has the branches text, vision"):
         megatron_flags(replace(plain, provenance={**plain.provenance, "team": two}))
+
+
+def with_experts(plan, expert):
+    """The plan as that of a model whose banks are divided over groups of so many devices."""
+    facts = plan.provenance["team"] | {"experts": True}
+    return replace(plan, team=replace(plan.team, expert=expert), provenance={**plan.provenance, "team": facts})
+
+
+@pytest.fixture(scope="module")
+def meshes(planned):
+    """Plans of all small combinations of degrees and ways to share state, of a model without experts and with."""
+    found = []
+    for ranks, tensor, sequence, context, copies, zero in itertools.product(
+            (1, 2), (1, 2), (False, True), (1, 2), (1, 2), range(4)):
+        if not (sequence and tensor == 1):
+            plan = planned(Degrees(ranks, tensor, sequence, context, 1, copies, zero=zero))
+            found += [plan, *(with_experts(plan, expert) for expert in (1, 2, 4, 8)
+                              if tensor * context * copies % expert == 0)]
+    return found
+
+
+def degrees_in(plan):
+    team, experts = plan.team, plan.provenance["team"]["experts"]
+    return (plan.problem.num_ranks, team.axes.get("tensor", 1), team.axes.get("context", 1), team.copies, team.expert,
+            any(item.mode == "sequence" for item in team.modes), team.zero, experts)
+
+
+def test_megatron_runs_every_combination_as_planned_or_it_is_refused(meshes):
+    """Megatron's own rules (validate_args, parallel_state) give the plan's groups and shares of state back."""
+    said = 0
+    for plan in meshes:
+        ranks, tensor, context, copies, expert, sequence, zero, experts = degrees_in(plan)
+        shares = copies * context > 1
+        whole_experts = experts and tensor * context * copies > expert
+        says = not (experts and tensor > 1 and not sequence) and not (zero > 1 and shares and ranks > 1) \
+            and not (zero > 1 and whole_experts)
+        if not says:
+            with pytest.raises(InputError, match="Megatron-LM takes"):
+                megatron_flags(plan)
+            continue
+        flags = dict(line.split(" ", 1) if " " in line else (line, "") for line in megatron_flags(plan).splitlines())
+        said += 1
+        own_tensor = int(flags["--tensor-model-parallel-size"])
+        assert (own_tensor, int(flags["--context-parallel-size"]), int(flags["--pipeline-model-parallel-size"])) \
+            == (tensor, context, ranks)
+        assert ("--sequence-parallel" in flags) == sequence
+        own_expert = int(flags.get("--expert-model-parallel-size", 1))
+        divides = int(flags.get("--expert-tensor-parallel-size", own_tensor))
+        assert not experts or (own_expert, divides) == (expert, 1)
+        assert experts or "--expert-model-parallel-size" not in flags
+        assert ("--use-distributed-optimizer" in flags) == (zero > 0 and shares)
+        strategy = flags.get("--data-parallel-sharding-strategy") if "--use-megatron-fsdp" in flags else None
+        assert strategy == (None if zero < 2 or not shares else ("optim_grads", "optim_grads_params")[zero - 2])
+        assert strategy is None or flags["--ckpt-format"] == "fsdp_dtensor"
+        bridge = json.loads(bridge_config(plan))
+        fsdp = [bridge.get(section, {}).get("use_megatron_fsdp", False) for section in ("ddp", "dist")]
+        assert fsdp == [strategy is not None] * 2
+        assert bridge["model"].get("gradient_accumulation_fusion", True) == (strategy is None)
+    assert said > 60
+
+
+def test_torchtitan_runs_every_combination_as_planned_or_it_is_refused(meshes):
+    """The rules of torchtitan's ParallelDims: experts' groups are of whole tensor x context groups within the shards,
+    and FSDP shards over context."""
+    said = 0
+    for plan in meshes:
+        ranks, tensor, context, copies, expert, sequence, zero, experts = degrees_in(plan)
+        shard = copies if zero else 1
+        says = not (experts and expert == 1 and tensor > 1) and not (zero == 0 and context > 1) \
+            and (expert == 1 or (expert % (tensor * context) == 0 and shard * tensor * context % expert == 0)) \
+            and not (experts and zero > 1 and tensor * context * copies > expert)
+        if not says:
+            with pytest.raises(InputError, match="torchtitan takes"):
+                torchtitan_config(plan, "order.csv")
+            continue
+        said += 1
+        own = json.loads(torchtitan_config(plan, "order.csv")[0])["parallelism"]
+        assert (own["pipeline_parallel_degree"], own["tensor_parallel_degree"], own["context_parallel_degree"],
+                own["expert_parallel_degree"]) == (ranks, tensor, context, expert)
+        assert (own["data_parallel_replicate_degree"], own["data_parallel_shard_degree"]) == (copies // shard, shard)
+        assert own["enable_sequence_parallel"] == sequence
+        assert (own["fsdp_reshard_after_forward"] == "always") == (zero == 3)
+    assert said > 60
+
+
+def test_odd_parts_of_a_sequence_and_old_plans(planned):
+    plan = planned(Degrees(context=4, copies=2))
+    facts = plan.provenance["team"]
+    odd = replace(plan, provenance={**plan.provenance, "team": facts | {"tokens": 508}})
+    with pytest.raises(InputError, match="in multiples of 2 x context = 8 tokens; this plan's have 508"):
+        megatron_flags(odd)
+    old = replace(plan, provenance={**plan.provenance, "team": {name: value for name, value in facts.items()
+                                                                if name != "experts"}})
+    with pytest.raises(InputError, match="does not say whether its model has experts, and its tokens; plan again"):
+        megatron_flags(old)

@@ -77,7 +77,7 @@ def test_said_in_the_plan_and_to_other_engines(latent_pieces):
     assert from_data(to_data(plan), Plan, "plan").team == plan.team and len(plan.team.latents_again) == 6
     assert "--recompute-granularity selective\n--recompute-modules mla_up_proj\n" in megatron_flags(plan)
     assert json.loads(bridge_config(plan))["model"]["recompute_modules"] == ["mla_up_proj"]
-    with pytest.raises(InputError, match="torchtitan takes no recomputation of up-projections of latents"):
+    with pytest.raises(InputError, match="torchtitan takes recomputation of all layers or of none"):
         torchtitan_config(plan, "order.csv")
     some = evaluate_teams(pricer, degrees, 32, recompute=["none", "latents", *["none"] * 6]).plan
     with pytest.raises(InputError, match="in all layers or in none; here they do in 1 of 6"):
