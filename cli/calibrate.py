@@ -37,7 +37,7 @@ def calibrate(
     json_output: Json = False,
 ) -> None:
     """Correct a cost table by a measured run, say how far the simulation was off, stage by stage, and plan again."""
-    check_files(timeline_file, output=output, replan=replan_file)
+    check_files(timeline_file, plan_file, costs_file, cluster, output=output, replan=replan_file)
     if str(timeline_file) == "links":
         _links(cluster, output, torchrun, json_output)
         return

@@ -68,7 +68,7 @@ def capture(
     json_output: Json = False,
 ) -> None:
     """Capture a model's training step as an operator graph: forward, input and weight gradients."""
-    check_files(source, output=output)
+    check_files(source, loads, config, tags, output=output)
     overrides = parse_settings(settings or [])
     names, sizes = parse_modes(modes, team)
     if loads is not None and expert_parallel < 2:

@@ -40,7 +40,7 @@ def experts(
     json_output: Json = False,
 ) -> None:
     """Place experts and their replicas by load: the busiest device's time, with its bound, layer by layer."""
-    check_files(loads_file, cluster, output=output, eplb=eplb_file)
+    check_files(loads_file, cluster, current, output=output, eplb=eplb_file)
     from mipipe.cli.printing.tables import print_rows
     from mipipe.graphs.cluster import load_cluster
     from mipipe.graphs.serialize import save, to_data, write_text

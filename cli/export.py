@@ -45,35 +45,35 @@ def export(
     if not any(wanted.values()):
         raise InputError("export: nothing to write; give --csv, --megatron, --bridge, --torchtitan, --trace or --html"
                          " with a file name")
-    check_files(file, **wanted)
+    order_file = None if torchtitan is None else torchtitan.with_suffix(".csv")
+    check_files(file, **wanted, **{"torchtitan's order": order_file})
     found = open_any(file, Plan, Timeline)
     plan = found if isinstance(found, Plan) else None
+    texts: list[tuple[Path, str]] = []
     if csv_file is not None:
         if plan is None:
             raise InputError(f"{file}: a timeline has no order of actions to export; give the plan for --csv")
-        write_text(csv_file, torch_csv(plan))
+        texts.append((csv_file, torch_csv(plan)))
     for engine, path in (("megatron", megatron), ("bridge", bridge), ("torchtitan", torchtitan)):
         if path is not None and plan is None:
             raise InputError(f"{file}: a timeline has no degrees to export; give the plan for --{engine}")
     if plan is not None and megatron is not None:
-        write_text(megatron, engines.megatron_flags(plan))
+        texts.append((megatron, engines.megatron_flags(plan)))
     if plan is not None and bridge is not None:
-        write_text(bridge, engines.bridge_config(plan))
-    if plan is not None and torchtitan is not None:
-        order_file = torchtitan.with_suffix(".csv")
-        check_files(file, torchtitan=order_file)
+        texts.append((bridge, engines.bridge_config(plan)))
+    if plan is not None and torchtitan is not None and order_file is not None:
         text, order = engines.torchtitan_config(plan, str(order_file))
-        write_text(torchtitan, text)
-        if order is not None:
-            write_text(order_file, order)
+        texts += [(torchtitan, text), *([] if order is None else [(order_file, order)])]
     if trace_file is not None or html_file is not None:
         timeline = found if plan is None else simulate(plan, lower(plan))
         if trace_file is not None:
-            write_text(trace_file, perfetto_text(timeline))
+            texts.append((trace_file, perfetto_text(timeline)))
         if html_file is not None:
-            html.write(html_file, plan.name if plan else file.name,
-                       [panels.panel_of(timeline.origin, timeline, plan)],
-                       report_tiles(plan, timeline) if plan else [])
+            page = html.page(plan.name if plan else file.name, [panels.panel_of(timeline.origin, timeline, plan)],
+                             report_tiles(plan, timeline) if plan else [])
+            texts.append((html_file, page))
+    for path, text in texts:
+        write_text(path, text)
     written = {name: str(path) for name, path in wanted.items() if path is not None}
     if json_output:
         emit({"written": written})

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from mipipe.cli.printing.merge_methods import list_methods
-from mipipe.cli.printing.output import Json, emit, log, progress, stdout
+from mipipe.cli.printing.output import Json, check_files, emit, log, progress, stdout
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.units import format_bytes, format_ns, parse_bytes
 
@@ -57,6 +57,7 @@ def merge(
         raise typer.BadParameter("missing; give a recipe", param_hint="RECIPE")
     if output is None:
         raise typer.BadParameter("missing; give the folder to make", param_hint="-o")
+    check_files(recipe, timeline=timeline)
     if dtype is not None and dtype not in DTYPES:
         raise typer.BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}", param_hint="--dtype")
     cap = None if memory is None else parse_bytes(memory, "--memory")

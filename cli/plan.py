@@ -141,7 +141,7 @@ def plan(
     json_output: Json = False,
 ) -> None:
     """Plan a training step: placement, order of work, and a bound. Ctrl-C (or SIGTERM) keeps the best plan so far."""
-    check_files(graph, cluster, costs, experts, sizes, output=output, html=html_file, trace=trace_file,
+    check_files(graph, cluster, costs, experts, sizes, layer_times, output=output, html=html_file, trace=trace_file,
                 save_graph=save_graph)
     from mipipe.cli.requests.team_request import TeamRequest
 

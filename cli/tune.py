@@ -59,7 +59,7 @@ def tune(
     json_output: Json = False,
 ) -> None:
     """Search a recipe's free values: each point is merged (only tensors that change) and measured."""
-    check_files(html=html)
+    check_files(recipe, *(perplexity or ()), html=html)
     from mipipe.runtime.merge.launching.launch import MergeOptions
     from mipipe.runtime.tuning.objectives import Objectives
     from mipipe.runtime.tuning.tune import TuneOptions
