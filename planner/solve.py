@@ -11,14 +11,10 @@ returned.
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import islice
-from types import FrameType
 from typing import Any
 
 from mipipe.graphs.errors import InfeasibleError
@@ -32,6 +28,7 @@ from mipipe.planner.execution.steps import schedule_period
 from mipipe.planner.explain.binding import explain_plan
 from mipipe.planner.gap import gap_of
 from mipipe.planner.how import How
+from mipipe.planner.interrupts import noting_ctrl_c
 from mipipe.planner.ladder import exactly, large, order_rungs, period, placement_rungs
 from mipipe.planner.ladder.activities import Indexing, Pacing, Polishing, Proving, Tightening
 from mipipe.planner.ladder.admission import admit_placement, enter, has_plan, recomputing, take
@@ -121,8 +118,12 @@ def _solve(problem: PlanningProblem, options: PlanOptions,
     if options.objective == "utilisation":
         return best_utilisation(problem, options, plan, on_progress)
     run = Run(problem, options, on_progress)
+
+    def note() -> None:
+        run.interrupted = True
+
     try:
-        with _noting_ctrl_c(run), clock.watched(lambda: run.patience):
+        with noting_ctrl_c(note), clock.watched(lambda: run.patience):
             if options.exact:
                 exactly.climb(run, admit_placement)
             elif options.objective == "period":
@@ -138,25 +139,6 @@ def _solve(problem: PlanningProblem, options: PlanOptions,
     with clock.watched(None):  # what was found is checked and told, whoever else watches the time
         result = _finish(run)
     return result if options.objective == "makespan" else _with_period(run, result)
-
-
-@contextmanager
-def _noting_ctrl_c(run: Run) -> Iterator[None]:
-    """Note Ctrl-C on the run beside raising it: a compiler's callback may swallow the exception, not the note."""
-    usual = signal.getsignal(signal.SIGINT)
-    if usual is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        run.interrupted = True
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, usual)
 
 
 def _ladder(run: Run) -> None:

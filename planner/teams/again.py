@@ -157,9 +157,12 @@ def _best(pricer: Pricer, counts: range, global_batch: int, options: TeamOptions
             break
         share = min(left, max(EFFORT.least_s, left / 2)) if count > counts[-1] else left
         try:
-            found = search_teams(pricer, count, global_batch, replace(options, time_limit_s=share), wanted=wanted).best
+            searched = search_teams(pricer, count, global_batch, replace(options, time_limit_s=share), wanted=wanted)
         except (InputError, InfeasibleError, TimeUpError) as error:
             reason = error if isinstance(error, TimeUpError) else reason or error
             continue
+        if searched.interrupted:
+            raise KeyboardInterrupt
+        found = searched.best
         best = found if best is None or found.seconds < best.seconds else best
     return best, reason

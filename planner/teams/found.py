@@ -15,7 +15,7 @@ from mipipe.planner.teams.evaluate import TeamResult
 class Found:
     """What a search found: the best, what came next and why it loses, and bounds in seconds over all degrees:
     ``bound`` over all placements and orders, ``whole_bound`` over placements with every layer on one rank,
-    ``plain_bound`` over those of them without overlapped pairs."""
+    ``plain_bound`` over those of them without overlapped pairs; ``interrupted``: Ctrl-C ended the search."""
 
     best: TeamResult
     bound: float
@@ -27,6 +27,7 @@ class Found:
     fitting: int
     solved: int
     seconds: float
+    interrupted: bool = False
 
     @property
     def gap(self) -> float | None:
@@ -49,7 +50,7 @@ class Found:
     def how(self) -> str:
         """How the best was found, in a few words."""
         return (f"best of {self.combinations:,} combinations of degrees ({self.fitting:,} found that may fit,"
-                f" {self.solved} solved) in {self.seconds:.1f} s")
+                f" {self.solved} solved) in {self.seconds:.1f} s" + (", interrupted" if self.interrupted else ""))
 
     def bound_text(self) -> str:
         """Step, bound and gap."""
@@ -69,7 +70,7 @@ class Found:
         return {"bound_s": self.bound, "gap": self.gap, "whole_bound_s": self.whole_bound,
                 "whole_gap": self.whole_gap, "plain_bound_s": self.plain_bound, "plain_gap": self.plain_gap,
                 "combinations": self.combinations, "solved": self.solved,
-                "seconds": round(self.seconds, 3), "notes": self.notes,
+                "seconds": round(self.seconds, 3), "interrupted": self.interrupted, "notes": self.notes,
                 "runners_up": [{**told(result), "loses_by": why} for result, why in self.runners]}
 
 

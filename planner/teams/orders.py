@@ -29,11 +29,10 @@ PUBLISHED = ("zb-h1", "zb-v", "dualpipev", "dualpipe")
 
 
 def paired(pricer: Pricer, points: Sequence[Point], global_batch: int, best: float, until: float,
-           seed: int = 0) -> list[TeamResult]:
+           seed: int = 0) -> Iterator[TeamResult]:
     """DualPipeV on the meshes and microbatches on which its pairs may gain most, on even stages and with some layers
     run again, up to a moment of the monotonic clock; what fits and is faster than the best, or nearly: the order level
     may make that the best."""
-    found: list[TeamResult] = []
     for guess, degrees in pair_guesses(pricer, points, global_batch, best, until):
         if time.monotonic() > until:
             break
@@ -41,8 +40,7 @@ def paired(pricer: Pricer, points: Sequence[Point], global_batch: int, best: flo
             continue
         for made in _pairs_on(pricer, degrees, global_batch, EFFORT.near * best, seed):
             best = min(best, made.seconds)
-            found.append(made)
-    return found
+            yield made
 
 
 def _pairs_on(pricer: Pricer, degrees: Degrees, global_batch: int, best: float, seed: int) -> Iterator[TeamResult]:
@@ -88,15 +86,18 @@ def pair_guesses(pricer: Pricer, points: Sequence[Point], global_batch: int, bes
     return [ordered_guesses[number] for _, number in sorted(ranked)]
 
 
-def ordered(pricer: Pricer, results: list[TeamResult], global_batch: int, until: float, seed: int,
-            mode: Recompute | None, tell: Callable[[str], None]) -> list[TeamResult]:
-    """The results with the best pipelines' schedules searched up to a moment of the monotonic clock. ``mode``: of
-    recomputation, where it is fixed."""
+def ordered(pricer: Pricer, ranked: Sequence[TeamResult], global_batch: int, until: float, seed: int,
+            mode: Recompute | None, tell: Callable[[str], None]) -> Iterator[TeamResult]:
+    """Better schedules of the best pipelines of results in their order, searched up to a moment of the monotonic clock.
+    ``mode``: of recomputation, where it is fixed."""
+    results = list(ranked)
     for item in [item for item in results if item.degrees.ranks > 1][:EFFORT.published]:
         for name in PUBLISHED:
             if time.monotonic() < until:
                 tell(f"{name} on {item.degrees.text()}")
-                results += _published(pricer, item, name, global_batch, mode, seed)
+                for made in _published(pricer, item, name, global_batch, mode, seed):
+                    results.append(made)
+                    yield made
     results.sort(key=lambda found: found.seconds)
     best = results[0]
     left = until - time.monotonic()
@@ -115,8 +116,7 @@ def ordered(pricer: Pricer, results: list[TeamResult], global_batch: int, until:
         better = order_of(pricer, item, global_batch, share, seed)
         left -= time.monotonic() - start
         if better is not None and better.seconds < item.seconds:
-            results.append(better)
-    return sorted(results, key=lambda found: found.seconds)
+            yield better
 
 
 def least_of(item: TeamResult) -> float:

@@ -13,6 +13,8 @@
 4. The order level (`mipipe.planner.solve`) improves the schedule of the best pipelines in the time that is left, and of
    that which would be best if all its forwards overlapped with backwards.
 
+Ctrl-C ends the search, and the best that it has found is the result.
+
 Three bounds are told: over all placements and orders; over placements with every layer on one rank, where a rank has
 whole layers (`mipipe.planner.teams.bounds.packing`); and over those of them without overlapped pairs.
 """
@@ -21,11 +23,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from mipipe.graphs.errors import InfeasibleError, TimeUpError
 from mipipe.graphs.units import format_bytes
+from mipipe.planner.interrupts import noting_ctrl_c
 from mipipe.planner.teams.bounds.of_degrees import packed
 from mipipe.planner.teams.effort import EFFORT
 from mipipe.planner.teams.evaluate import TeamResult
@@ -36,6 +39,7 @@ from mipipe.planner.teams.orders import LATER, ordered, paired
 from mipipe.planner.teams.prices.degrees import Degrees, Recompute, check_given, completed
 from mipipe.planner.teams.prices.pieces import misfit, samples_misfit
 from mipipe.planner.teams.prices.pricing import Pricer
+from mipipe.planner.teams.so_far import SoFar
 from mipipe.planner.teams.space import DegreeSpace, Point, anything, promise
 from mipipe.planner.teams.waves import listed, promising, shapes_of
 
@@ -46,26 +50,58 @@ QUICK, FINE = (1.0, 0.02), (3.0, 2e-4)
 def search_teams(pricer: Pricer, devices: int, global_batch: int, options: TeamOptions,
                  tell: Callable[[str], None] = lambda text: None,
                  wanted: Callable[[Degrees], bool] = anything) -> Found:
-    """The best degrees within the time limit, of those that are ``wanted``.
+    """The best degrees within the time limit, or until Ctrl-C, of those that are ``wanted``.
 
     Raises:
+        KeyboardInterrupt: Ctrl-C came before any were evaluated.
         InputError: what is fixed does not divide the devices.
         InfeasibleError: no degrees fit the memory, or none divide.
         TimeUpError: none was evaluated in time.
     """
-    began = time.monotonic()
+    began, so_far = time.monotonic(), SoFar()
     check_given(options.given, devices)
 
     def in_time(share: float) -> bool:
+        so_far.ask()
         return time.monotonic() - began < share * options.time_limit_s
 
-    space = DegreeSpace(pricer, devices, global_batch, options.given, options.microbatch, options.recomputation, wanted)
+    def say(text: str) -> None:
+        so_far.ask()
+        tell(text)
+
+    seen: dict[Degrees, bool] = {}
+    with noting_ctrl_c(so_far.note):
+        space = DegreeSpace(pricer, devices, global_batch, options.given, options.microbatch, options.recomputation,
+                            wanted)
+        try:
+            _search(pricer, space, so_far, seen, global_batch, options, began, in_time, say)
+            if not so_far.results:
+                if space.left()[0] < math.inf or len(seen) < len(space.points):
+                    raise TimeUpError(f"no degrees evaluated within {options.time_limit_s:g} s; try a longer"
+                                      " --time-limit")
+                raise InfeasibleError(_why_none(pricer, space.combinations, options, devices, global_batch))
+            bounds = _bounds(pricer, space, global_batch, options, began + EFFORT.until_packed * options.time_limit_s)
+        except KeyboardInterrupt:
+            so_far.note()
+            if not so_far.results:
+                raise
+            bounds = _bounds(pricer, space, global_batch, options, -math.inf)
+    results = so_far.ranked
+    bound, whole, plain = (min(least, results[0].seconds) for least in bounds)
+    return Found(results[0], bound, whole, plain, runners_of(results), notes_of(results, results[0]),
+                 space.combinations, len(space.points), sum(seen.values()), time.monotonic() - began,
+                 so_far.interrupted)
+
+
+def _search(pricer: Pricer, space: DegreeSpace, so_far: SoFar, seen: dict[Degrees, bool], global_batch: int,
+            options: TeamOptions, began: float, in_time: Callable[[float], bool],
+            tell: Callable[[str], None]) -> None:
+    """Price, try and improve until time is up; what is found goes to ``so_far``."""
+    results = so_far.results
     if space.combinations <= EFFORT.priced:
         space.all()
     else:
         space.more(lambda: in_time(EFFORT.until_priced))
-    results: list[TeamResult] = []
-    seen: dict[Degrees, bool] = {}
     if space.left()[0] < math.inf:
         _try(pricer, results, seen, space.points, global_batch, options, EFFORT.until_first_tried, in_time, tell)
         tell("pricing what may be faster")
@@ -75,16 +111,10 @@ def search_teams(pricer: Pricer, devices: int, global_batch: int, options: TeamO
         space.more(lambda: len(seen) == len(space.points) and in_time(1.0))
         _try(pricer, results, seen, space.points, global_batch, options, EFFORT.until_tried, in_time, tell)
     if not results:
-        if space.left()[0] < math.inf or len(seen) < len(space.points):
-            raise TimeUpError(f"no degrees evaluated within {options.time_limit_s:g} s; try a longer --time-limit")
-        raise InfeasibleError(_why_none(pricer, space.combinations, options, devices, global_batch))
-    results = _improved(pricer, results, space.points, global_batch, options, began, tell)
-    top = results[0]
+        return
+    _improve(pricer, so_far, space.points, global_batch, options, began, tell)
     tell("pricing what may be faster")
-    space.more(lambda: in_time(EFFORT.until_bounded), top.seconds, by_floors=True)
-    bound, whole, plain = (min(least, top.seconds) for least in _bounds(pricer, space, global_batch, options, began))
-    return Found(top, bound, whole, plain, runners_of(results), notes_of(results, top), space.combinations,
-                 len(space.points), sum(seen.values()), time.monotonic() - began)
+    space.more(lambda: in_time(EFFORT.until_bounded), so_far.ranked[0].seconds, by_floors=True)
 
 
 def _try(pricer: Pricer, results: list[TeamResult], seen: dict[Degrees, bool], waiting: list[Point], global_batch: int,
@@ -112,32 +142,29 @@ def _try(pricer: Pricer, results: list[TeamResult], seen: dict[Degrees, bool], w
                 best = min(best, found.seconds)
 
 
-def _improved(pricer: Pricer, results: list[TeamResult], waiting: list[Point], global_batch: int, options: TeamOptions,
-              began: float, tell: Callable[[str], None]) -> list[TeamResult]:
-    """The results, the best first, with better stages and orders for the best of them, and for others that orders may
-    make the best."""
+def _improve(pricer: Pricer, so_far: SoFar, waiting: list[Point], global_batch: int, options: TeamOptions,
+             began: float, tell: Callable[[str], None]) -> None:
+    """Adds better stages and orders for the best of the results, and for others that orders may make the best."""
     if options.order and options.recomputation is None and options.given.get("chunks", 1) == 1:
         tell("overlapped pairs")
-        best = min(item.seconds for item in results)
         until = began + EFFORT.until_dualpipev * options.time_limit_s
-        results += paired(pricer, waiting, global_batch, best, until, options.seed)
-    results = _polished(pricer, results, global_batch, options, began, tell)
+        so_far.take(paired(pricer, waiting, global_batch, so_far.ranked[0].seconds, until, options.seed))
+    so_far.take(_polished(pricer, so_far.ranked, global_batch, options, began, tell))
     if not options.order:
-        return results
-    results += _with_pairs(pricer, results, waiting, global_batch, options, began)
-    results = _waved(pricer, results, waiting, global_batch, options, began, tell)
+        return
+    so_far.take(_with_pairs(pricer, so_far.ranked, waiting, global_batch, options, began))
+    so_far.take(_waved(pricer, so_far.ranked, waiting, global_batch, options, began, tell))
     until = began + EFFORT.until_ordered * options.time_limit_s
-    return ordered(pricer, results, global_batch, until, options.seed, options.recomputation, tell)
+    so_far.take(ordered(pricer, so_far.ranked, global_batch, until, options.seed, options.recomputation, tell))
 
 
 def _bounds(pricer: Pricer, space: DegreeSpace, global_batch: int, options: TeamOptions,
-            began: float) -> tuple[float, float, float]:
+            until: float) -> tuple[float, float, float]:
     """Seconds over all degrees below all steps, below those with every layer on one rank, and below those of them
-    without overlapped pairs."""
+    without overlapped pairs; worked on up to a moment of the monotonic clock."""
     left, left_plain = space.left()
     bound = min(left, *(point.floor for point in space.points))
-    whole, plain = _whole_bounds(pricer, space.points, global_batch, options.recomputation,
-                                 began + EFFORT.until_packed * options.time_limit_s)
+    whole, plain = _whole_bounds(pricer, space.points, global_batch, options.recomputation, until)
     whole = max(bound, min(left, whole))  # where time was short; each is over fewer plans than the one before
     return bound, whole, max(whole, min(left_plain, plain))
 
@@ -177,9 +204,8 @@ def _whole_bounds(pricer: Pricer, waiting: list[Point], global_batch: int, recom
 
 
 def _polished(pricer: Pricer, results: list[TeamResult], global_batch: int, options: TeamOptions, began: float,
-              tell: Callable[[str], None]) -> list[TeamResult]:
-    """The results, the best combinations solved again finely and with every number of chunks."""
-    results = sorted(results, key=lambda found: found.seconds)
+              tell: Callable[[str], None]) -> Iterator[TeamResult]:
+    """The best combinations solved again finely and with every number of chunks."""
     for item in [item for item in results if not item.plan.schedule.has_pairs][:EFFORT.polished]:
         for chunks in chunks_of(pricer, item.degrees, global_batch, options):
             if time.monotonic() - began > EFFORT.until_polished * options.time_limit_s:
@@ -188,16 +214,15 @@ def _polished(pricer: Pricer, results: list[TeamResult], global_batch: int, opti
             tell(f"polishing {degrees.text()}")
             better = solved_master(pricer, degrees, global_batch, options, 1.05 * results[0].seconds, FINE)
             if better is not None:
-                results.append(better)
-    return sorted(results, key=lambda found: found.seconds)
+                yield better
 
 
 def _with_pairs(pricer: Pricer, results: list[TeamResult], waiting: list[Point], global_batch: int,
-                options: TeamOptions, began: float) -> list[TeamResult]:
+                options: TeamOptions, began: float) -> Iterator[TeamResult]:
     """Stages on meshes that were not tried as they lose without overlapped pairs, and may win with them: the order
     level looks for these."""
     if options.given.get("chunks", 1) != 1:
-        return []
+        return
     best = min(item.seconds for item in results)
     tried = {_mesh(item.degrees) for item in results}
     may: dict[tuple[object, ...], tuple[float, Degrees]] = {}
@@ -208,13 +233,12 @@ def _with_pairs(pricer: Pricer, results: list[TeamResult], waiting: list[Point],
         if point.degrees.ranks > 1 and mesh not in tried and mesh not in may:
             paired = packed(pricer, point.degrees, global_batch, options.recomputation, point.stays)[1]
             may[mesh] = max(point.floor, paired), point.degrees
-    found = []
     for least, degrees in sorted(may.values(), key=lambda item: item[0])[:EFFORT.paired]:
         if time.monotonic() - began > EFFORT.until_polished * options.time_limit_s:
             break
         made = solved_master(pricer, degrees, global_batch, options, float("inf"), QUICK) if least < best else None
-        found += [] if made is None else [made]
-    return found
+        if made is not None:
+            yield made
 
 
 def _mesh(degrees: Degrees) -> tuple[object, ...]:
@@ -222,26 +246,25 @@ def _mesh(degrees: Degrees) -> tuple[object, ...]:
 
 
 def _waved(pricer: Pricer, results: list[TeamResult], waiting: list[Point], global_batch: int, options: TeamOptions,
-           began: float, tell: Callable[[str], None]) -> list[TeamResult]:
-    """The results, with orders by lists on the stages of combinations whose busiest rank has least to do."""
+           began: float, tell: Callable[[str], None]) -> Iterator[TeamResult]:
+    """Orders by lists on the stages of combinations whose busiest rank has least to do."""
     if options.recomputation is not None or "chunks" in options.given:
-        return results
-    found = list(results)
+        return
+    best = results[0].seconds
     for ends, degrees in promising(pricer, waiting, global_batch):
-        best = min(item.seconds for item in found)
         if ends >= best:
             continue
         for shape in shapes_of(len(pricer.model.pieces), degrees.ranks):
             if time.monotonic() - began > EFFORT.until_listed * options.time_limit_s:
-                return found
+                return
             tell(f"{shape.name} on {degrees.text()}, best {best:.4g} s")
             made = listed(pricer, degrees, global_batch, shape, options.seed)
             if made is None or made.shortage:
                 break
-            found.append(made)
-            if made.seconds > 1.2 * best:
+            yield made
+            slow, best = made.seconds > 1.2 * best, min(best, made.seconds)
+            if slow:
                 break
-    return sorted(found, key=lambda item: item.seconds)
 
 
 def _why_none(pricer: Pricer, count: int, options: TeamOptions, devices: int, global_batch: int) -> str:

@@ -54,7 +54,7 @@ def test_every_file_of_every_verb_is_in_the_tables():
 def command(verb: str, files: dict[str, str]) -> list[str]:
     """A command line with files in options; arguments and needed options that are none of them get their own."""
     arguments = [name for name in (*READS[verb], *FOLDERS.get(verb, ())) if name.isupper()]
-    files = {name: "other.json" for name in arguments} | {
+    files = dict.fromkeys(arguments, "other.json") | {
         name: f"needed{number}" for number, name in enumerate(NEEDED.get(verb, ()))} | files
     return [verb, *(files[name] for name in arguments),
             *(part for name, path in files.items() if name not in arguments for part in (name, path))]

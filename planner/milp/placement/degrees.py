@@ -82,11 +82,14 @@ class ChainTask:
 
 def stage_counts(task: ChainTask, *, time_limit_s: float, seed: int = 0, cutoff: float | None = None,
                  gap: float = 5e-3) -> StageCounts | None:
-    """The best counts; None where none fit the memory, beat the cutoff, or were found in time."""
+    """The best counts; None where none fit the memory, beat the cutoff, or were found in time. Ctrl-C raises
+    `KeyboardInterrupt`."""
     model = _build(task)
     scale = work_of(task)
     outcome = highs.solve(model, time_limit_s=time_limit_s, seed=seed, gap=gap,
                           cutoff=None if cutoff is None else cutoff / scale)
+    if outcome.termination is highs.SolverStatus.INTERRUPTED:
+        raise KeyboardInterrupt
     if not outcome.has_solution or outcome.objective is None:
         return None
     counts = tuple(tuple(tuple(round(pyo.value(model.n[r, s, m])) for m in range(len(costs)))

@@ -89,10 +89,13 @@ class MixTask:
 
 def mixed_counts(task: MixTask, *, time_limit_s: float, seed: int = 0, cutoff: float | None = None,
                  gap: float = 5e-3) -> StageCounts | None:
-    """The best counts, and the busiest rank's seconds; None where none fit, beat the cutoff, or were found in time."""
+    """The best counts, and the busiest rank's seconds; None where none fit, beat the cutoff, or were found in time.
+    Ctrl-C raises `KeyboardInterrupt`."""
     model, scale = _build(task), _work_of(task)
     outcome = highs.solve(model, time_limit_s=time_limit_s, seed=seed, gap=gap,
                           cutoff=None if cutoff is None else cutoff / scale)
+    if outcome.termination is highs.SolverStatus.INTERRUPTED:
+        raise KeyboardInterrupt
     if not outcome.has_solution:
         return None
     counts = tuple(tuple(tuple(round(pyo.value(model.n[r, s, m])) for m in range(len(costs)))
