@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from mipipe.cli.printing.output import Json, emit, log, progress, stdout
-from mipipe.graphs.units import format_bytes, parse_bytes
+from mipipe.cli.requests.files import read_size
+from mipipe.graphs.units import format_bytes
 
 EXAMPLE = "mipipe convert recipe.yaml -o converted"
 
@@ -32,7 +33,7 @@ def convert(
     from mipipe.graphs.merging.moe_recipe import is_moe_recipe
     from mipipe.graphs.serialize import load_data
 
-    size = parse_bytes(shard_size, "--shard-size")
+    size = read_size(shard_size, "--shard-size")
     found = load_data(recipe)
     if "method" not in found and is_moe_recipe(found):
         from mipipe.cli.merge import merge

@@ -42,6 +42,7 @@ def experts(
     """Place experts and their replicas by load: the busiest device's time, with its bound, layer by layer."""
     check_files(loads_file, cluster, current, output=output, eplb=eplb_file)
     from mipipe.cli.printing.tables import print_rows
+    from mipipe.cli.requests.files import read_size
     from mipipe.graphs.cluster import load_cluster
     from mipipe.graphs.serialize import save, to_data, write_text
     from mipipe.graphs.units import parse_bytes
@@ -56,7 +57,7 @@ def experts(
     if memory is not None:
         if replicas:
             raise InputError("--memory says how many slots there are: --replicas does not go with it")
-        slots = share_slots(loads, topology, slots_in_memory(loads, parse_bytes(memory, "--memory")))
+        slots = share_slots(loads, topology, slots_in_memory(loads, read_size(memory, "--memory")))
     before = None if current is None else read_map(current, loads.num_experts, topology.num_devices)
     with progress(f"placing {loads.num_experts} experts of {loads.num_layers} layers"):
         result = plan_experts(loads, topology, options, current=before, slots=slots)

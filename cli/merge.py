@@ -12,8 +12,9 @@ from rich.table import Table
 
 from mipipe.cli.printing.merge_methods import list_methods
 from mipipe.cli.printing.output import Json, check_files, emit, log, progress, stdout
+from mipipe.cli.requests.files import read_size
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.units import format_bytes, format_ns, parse_bytes
+from mipipe.graphs.units import format_bytes, format_ns
 
 if TYPE_CHECKING:
     from mipipe.planner.merging.plan import MergePlan
@@ -60,8 +61,8 @@ def merge(
     check_files(recipe, timeline=timeline)
     if dtype is not None and dtype not in DTYPES:
         raise typer.BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}", param_hint="--dtype")
-    cap = None if memory is None else parse_bytes(memory, "--memory")
-    size = parse_bytes(shard_size, "--shard-size")
+    cap = None if memory is None else read_size(memory, "--memory")
+    size = read_size(shard_size, "--shard-size")
     if device not in ("cpu", "cuda"):
         raise typer.BadParameter(f"{device!r} is neither cpu nor cuda", param_hint="--device")
     if store and route is not None:

@@ -153,10 +153,10 @@ def plan(
         _refuse({"--microbatches": microbatches, "--groups": groups, "--granularity": granularity, "--costs": costs,
                  "--experts": experts, "--sizes": sizes, "--activations": activations, "--batch": batch,
                  "--exportable": exportable, "--pareto": pareto, "--recompute": recompute, "--explain": explain,
-                 "--placement": placement != "free", "--objective": objective != "makespan", "--branches": branches,
-                 "--optimizer": optimizer not in ("auto", "adamw_mixed")})
+                 "--placement": placement != "free", "--objective": objective != "makespan", "--branches": branches})
         plan_teams(graph, request, cluster=cluster, memory=memory, seq=seq, dtype=dtype, settings=settings or [],
-                   use_cache=not no_cache, save_graph=save_graph, output=output, time_limit=time_limit, seed=seed,
+                   use_cache=not no_cache, save_graph=save_graph, output=output, optimizer=optimizer,  # type: ignore[arg-type]
+                   time_limit=time_limit, seed=seed,
                    draw=lambda found: _draw(found.plan, html_file, trace_file), json_output=json_output)
         return
     from mipipe.cli.printing.explained import LEAST_S, MORE, explanation_data, print_explanation

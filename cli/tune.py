@@ -9,8 +9,8 @@ import typer
 from rich.table import Table
 
 from mipipe.cli.printing.output import Json, check_files, emit, log, progress, stdout
+from mipipe.cli.requests.files import read_size
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.units import parse_bytes
 
 if TYPE_CHECKING:
     from mipipe.runtime.tuning.tune import TuneResult
@@ -68,7 +68,7 @@ def tune(
     objectives = Objectives(tuple(map(str, perplexity or ())), tuple(evaluate or ()), samples, length, seed=seed,
                             minimise=minimise, tasks=tuple(lm_eval or ()), limit=limit)
     options = TuneOptions(search, budget, points, seed, tuple(_weights(weight or [])))
-    merging = MergeOptions(ranks, memory_cap=None if memory is None else parse_bytes(memory, "--memory"),
+    merging = MergeOptions(ranks, memory_cap=None if memory is None else read_size(memory, "--memory"),
                            loaders=tuple(loader or ()))
     with progress("tuning") as update:
         result = run(recipe, output, objectives, options, merging, lambda line: log(f"mipipe: {line}"),

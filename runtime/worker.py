@@ -24,9 +24,9 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from mipipe.graphs.children import die_with_parent
+from mipipe.graphs.coarse.totals import num_sequences
 from mipipe.graphs.errors import MipipeError, StoppedError, tells_all
 from mipipe.graphs.named_code import no_exit
-from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.planner.execution.simulate import simulate
 from mipipe.planner.experts.balance.maps import ExpertMap
 from mipipe.runtime.checkpoints.checkpoint_run import Start
@@ -122,7 +122,7 @@ def engine_options(job: PreparedRun, expert_map: ExpertMap | None) -> EngineOpti
 def batches_of(job: PreparedRun, engine: Engine, branch: BranchPeer | None) -> Batches | Prefetched:
     """The batches of this process's copy: its part of the data, or what a branch samples."""
     graph, config = job.graph, job.config
-    rows = microbatch_rows(graph) * job.plan.problem.num_microbatches
+    rows = num_sequences(graph) * job.plan.problem.num_microbatches
     loaded = make_batches(config.data, graph, rows, config.seed, engine.mesh.copy, engine.mesh.num_copies) \
         if branch is None else Batches(BranchRollouts(engine, config, branch, rows), rows, in_turn=True)
     if is_second(graph) and config.adapters is not None and config.adapters.light is not None:
@@ -194,12 +194,6 @@ RUN_KEY = "mipipe/run"
 def start_of(options: argparse.Namespace) -> Start:
     """How the user wants to begin."""
     return Start.RESUME if options.resume else Start.RESUME_IF_ANY if options.resume_if_any else Start.FRESH
-
-
-def microbatch_rows(graph: OperatorGraph) -> int:
-    """Rows of one microbatch: the first dimension of the graph's first input."""
-    first = next(value for value in graph.values if value.name == graph.inputs[0])
-    return first.spec.shape[0]
 
 
 @record

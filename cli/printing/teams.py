@@ -122,6 +122,10 @@ def memory_rows(result: TeamResult, most: int = 8) -> list[str]:
     return lines
 
 
+_KEPT = {"adamw_mixed": "AdamW in mixed precision", "adamw": "AdamW", "adam": "Adam", "momentum": "SGD with momentum",
+         "sgd": "SGD", "none": "no optimizer"}
+
+
 def basis(result: TeamResult) -> list[str]:
     """What is measured, fitted, estimated or assumed."""
     machine, achieved = result.machine, result.machine.kind.achieved
@@ -133,7 +137,8 @@ def basis(result: TeamResult) -> list[str]:
         f"efficiencies of {machine.kind.name}: {achieved_text(achieved)};"
         f" links: {achieved.origin if achieved.link != 1 else 'as given'}",
         "assumed: reductions over copies overlap with the last backward, gathered parameters with the first forward;"
-        " collectives of other axes are not hidden; AdamW in mixed precision, float32 gradients",
+        f" collectives of other axes are not hidden; {_KEPT[machine.keeps]},"
+        f" float{8 * machine.gradient_bytes} gradients",
         *not_executed(result)]
 
 

@@ -59,7 +59,8 @@ def captured_if_model(source: str, cluster: Path | None, costs: Path | None, *, 
         InputError: as `captured`; a model without a cluster, or an option of the capture for a file.
     """
     if not names_model(source):
-        refuse_capture_options(source, seq=seq, batch=batch, dtype=dtype, set=settings, **{"save-graph": save_graph})
+        refuse_capture_options(source, seq=seq, batch=batch, dtype=dtype, set=settings,
+                               **{"save-graph": save_graph, "no-cache": not use_cache})
         return None, ""
     from mipipe.cli.requests.inputs import check_cluster
     from mipipe.graphs.serialize import save

@@ -7,6 +7,7 @@ from typing import Any
 
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import check_header, from_data, load_data
+from mipipe.graphs.units import parse_bytes
 
 
 def open_any(path: Path, *kinds: Any) -> Any:
@@ -29,3 +30,15 @@ def check_positive(value: int | None, option: str) -> None:
     """Raise `InputError` unless a count is at least 1 (or not given)."""
     if value is not None and value < 1:
         raise InputError(f"{option} {value}: expected at least 1")
+
+
+def read_size(text: str, option: str) -> int:
+    """Bytes of an option such as ``80GB``, at least 1.
+
+    Raises:
+        InputError: no such size, or 0.
+    """
+    size = parse_bytes(text, option)
+    if size < 1:
+        raise InputError(f"{option} {text}: expected a size above 0, such as 80GB")
+    return size

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mipipe.cli.requests.files import check_positive, open_any
+from mipipe.cli.requests.files import check_positive, open_any, read_size
 from mipipe.graphs.cluster import load_cluster
 from mipipe.graphs.coarse.graph import CoarseGraph
 from mipipe.graphs.costs.table import CostTable
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import load, load_data
-from mipipe.graphs.units import parse_bytes
 from mipipe.planner.device_memory import with_memory
 from mipipe.planner.experts.files import read_loads
 from mipipe.planner.problem import PlanningProblem
@@ -39,7 +38,7 @@ def read_problem(graph: Path | OperatorGraph, cluster: Path | None, microbatches
     """
     check_positive(microbatches, "--microbatches")
     check_positive(groups, "--groups")
-    size, limit = (None if text is None else parse_bytes(text, option)
+    size, limit = (None if text is None else read_size(text, option)
                    for text, option in ((memory, "--memory"), (activations, "--activations")))
     source = graph if isinstance(graph, OperatorGraph) else open_any(graph, OperatorGraph, CoarseGraph, PlanningProblem)
     if isinstance(source, PlanningProblem):

@@ -12,20 +12,22 @@ from rich.console import Console
 
 from mipipe.cli.printing.output import emit, log, progress, stdout
 from mipipe.cli.printing.teams import print_runners, print_team, team_data
-from mipipe.cli.requests.captured import captured, names_model
-from mipipe.cli.requests.files import check_positive, open_any
+from mipipe.cli.requests.captured import captured, names_model, refuse_capture_options
+from mipipe.cli.requests.files import check_positive, open_any, read_size
 from mipipe.cli.requests.team_request import TeamRequest
 from mipipe.graphs.cluster import Cluster, load_cluster, uniform_cluster
-from mipipe.graphs.coarse.graph_index import rows_of
+from mipipe.graphs.coarse.totals import num_sequences
 from mipipe.graphs.costs.collectives import fabric_of
 from mipipe.graphs.costs.table import CostTable
 from mipipe.graphs.efficiency import LowDtype
 from mipipe.graphs.errors import InfeasibleError, InputError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import digest, load, load_data, save
-from mipipe.graphs.units import format_bytes, parse_bytes
+from mipipe.graphs.units import format_bytes
+from mipipe.planner.problems.from_graph import STATE_BYTES
 from mipipe.planner.problems.from_layers import LayerTimes, entry_of, read_layer_times
-from mipipe.planner.problems.on_cluster import graph_dtype
+from mipipe.planner.problems.on_cluster import OptimizerChoice, graph_dtype
+from mipipe.planner.schedules import baseline_named
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
 from mipipe.planner.teams.options import TeamOptions
 from mipipe.planner.teams.outside import otherwise, outside
@@ -40,26 +42,43 @@ PRICED = ("tensor", "sequence", "batch")
 """Modes that a branch may have to itself along the tensor axis."""
 UNIFORM = "uniform"
 """The value of ``--modes`` by which all branches have one mode."""
+Capture = Callable[[int], tuple[OperatorGraph, str]]
+"""A model captured with so many sequences a microbatch, and a line on what was assumed."""
 LOW: dict[str, LowDtype] = {"fp8": "float8", "float8": "float8", "fp4": "float4", "float4": "float4"}
 """Values of ``--dtype`` by which products run in fewer bits than parameters have."""
 
 
 def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory: str | None, seq: int | None,
                dtype: str | None, settings: list[str], use_cache: bool, save_graph: Path | None, output: Path | None,
-               time_limit: float, seed: int, draw: Callable[[TeamResult], None], json_output: bool) -> None:
+               optimizer: OptimizerChoice, time_limit: float, seed: int, draw: Callable[[TeamResult], None],
+               json_output: bool) -> None:
     """Plan or evaluate, and print."""
     global_batch = _batch_of(request)
     described = _cluster(request, cluster, memory)
     given = {} if request.degrees is None else parse_degrees(request.degrees)
-    model, note = _graph(graph, seq, dtype, settings, use_cache)
+    layers = None if request.layers is None else _layers(request.layers)
+    if optimizer != "auto" and optimizer not in STATE_BYTES:
+        raise InputError(f"--optimizer {optimizer}: expected one of auto, {', '.join(STATE_BYTES)}")
+    if request.schedule is not None:
+        baseline_named(request.schedule)
+
+    if not names_model(graph):
+        refuse_capture_options(graph, seq=seq, dtype=None if dtype in LOW else dtype, set=settings,
+                               **{"save-graph": save_graph, "no-cache": not use_cache})
+
+    def capture(microbatch: int) -> tuple[OperatorGraph, str]:
+        found, note = captured(graph, seq=seq, batch=microbatch, dtype=None if dtype in LOW else dtype,
+                               settings=settings, use_cache=use_cache)
+        return found.graph, note
+
+    model, note = _graph(graph, capture)
     by_branch = None if request.modes is None else parse_modes(request.modes, model)
     pieces = model_pieces(model, by_branch)
     if request.recomputation not in (None, *pieces.recompute):
         raise InputError(f"--recomputation {request.recomputation}: {model.model} makes no queries, keys and values of"
                          f" latents; expected one of {', '.join(pieces.recompute)}")
-    machine = _machine(described, str(cluster), model, dtype, request)
+    machine = _machine(described, str(cluster), model, dtype, request, optimizer)
     devices = described.topology.num_devices
-    layers = None if request.layers is None else _layers(request.layers)
     sizes = [given.get("tensor", given.get("sequence", 1)),
              *(given.get(name, 1) for name in ("ranks", "context", "copies"))]
     told = request.schedule, layers, request.layer_times
@@ -88,7 +107,7 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
     if result.shortage:
         raise InfeasibleError(_too_little(pricer, result))
     if output is not None or save_graph is not None:
-        model = _as_planned(graph, result, model, seq, dtype, settings, use_cache)
+        model = _as_planned(graph, result.degrees.microbatch, model, capture)
         if save_graph is not None:
             save(model, save_graph)
         if output is not None:
@@ -126,14 +145,16 @@ def _batch_of(request: TeamRequest) -> int:
     return request.global_batch
 
 
-def _machine(described: Cluster, where: str, model: OperatorGraph, dtype: str | None, request: TeamRequest) -> Machine:
+def _machine(described: Cluster, where: str, model: OperatorGraph, dtype: str | None, request: TeamRequest,
+             optimizer: OptimizerChoice) -> Machine:
     """The devices that teams are made of, and how they run the model."""
     kinds = {device.kind for device in described.topology.devices}
     if len(kinds) > 1:
         raise InputError(f"{where}: teams are planned on equal devices, but there are {', '.join(sorted(kinds))}")
     machine = Machine(described.kinds[next(iter(kinds))], fabric_of(described.topology),
                       min(device.memory_bytes for device in described.topology.devices), graph_dtype(model),
-                      LOW.get(dtype or ""), not request.eager, scatter=request.scatter)
+                      LOW.get(dtype or ""), not request.eager, scatter=request.scatter,
+                      optimizer=None if optimizer == "auto" else optimizer)
     check_machine(machine)
     return machine
 
@@ -165,7 +186,7 @@ def _measured(request: TeamRequest, degrees: Degrees, model: ModelPieces) -> tup
 
 
 def _cluster(request: TeamRequest, cluster: Path | None, memory: str | None) -> Cluster:
-    size = None if memory is None else parse_bytes(memory, "--memory")
+    size = None if memory is None else read_size(memory, "--memory")
     if cluster is None:
         if request.devices is None or request.kind is None:
             raise InputError("plan: teams need --cluster CLUSTER.yaml, or --devices with --kind (and --per-host)")
@@ -203,33 +224,21 @@ def parse_modes(text: str, model: OperatorGraph) -> dict[str, str]:
     return found
 
 
-def _as_planned(graph: str, result: TeamResult, model: OperatorGraph, seq: int | None, dtype: str | None,
-                settings: list[str], use_cache: bool) -> OperatorGraph:
+def _as_planned(graph: str, microbatch: int, model: OperatorGraph, capture: Capture) -> OperatorGraph:
     """The graph that a run of the plan needs: a model that is captured on the way with the plan's microbatch."""
-    if result.degrees.microbatch == rows_of(model):
+    own = num_sequences(model)
+    if microbatch == own:
         return model
     if not names_model(graph):
-        log(f"{graph}: was captured with microbatches of {rows_of(model)}, the plan has {result.degrees.microbatch}; to"
-            f" run it, capture with --batch {result.degrees.microbatch} and plan that graph")
+        log(f"{graph}: was captured with microbatches of {own}, the plan has {microbatch}; to run it, capture with"
+            f" --batch {microbatch} and plan that graph")
         return model
-    kept = None if dtype in ("fp8", "float8") else dtype
-    found, _ = captured(graph, seq=seq, batch=result.degrees.microbatch, dtype=kept, settings=settings,
-                        use_cache=use_cache)
-    return found.graph
+    return capture(microbatch)[0]
 
 
-def _graph(graph: str, seq: int | None, dtype: str | None, settings: list[str],
-           use_cache: bool) -> tuple[OperatorGraph, str]:
+def _graph(graph: str, capture: Capture) -> tuple[OperatorGraph, str]:
     """The operator graph of a file, or of a model captured with one sequence a microbatch."""
-    if not names_model(graph):
-        if seq is not None:
-            raise InputError(f"{graph}: --seq is for models that are captured on the way; this file is captured"
-                             " already")
-        found: OperatorGraph = open_any(Path(graph), OperatorGraph)
-        return found, ""
-    kept = None if dtype in LOW else dtype
-    model, note = captured(graph, seq=seq, batch=1, dtype=kept, settings=settings, use_cache=use_cache)
-    return model.graph, note
+    return capture(1) if names_model(graph) else (open_any(Path(graph), OperatorGraph), "")
 
 
 def _layers(text: str) -> tuple[int, ...]:

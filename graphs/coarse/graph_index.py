@@ -42,12 +42,6 @@ class GraphIndex:
         return phase is Phase.F or (member in self.acting and self.traces[member].has(phase))
 
 
-def rows_of(graph: OperatorGraph) -> int:
-    """The sequences of a microbatch as captured."""
-    shapes = [value.spec.shape for value in graph.values if value.name in graph.inputs]
-    return max(1, next((shape[0] for shape in shapes if shape), 1))
-
-
 def index_graph(graph: OperatorGraph) -> GraphIndex:
     """The index of a graph."""
     by_digest = {trace.digest: trace for trace in graph.traces}

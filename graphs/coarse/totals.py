@@ -80,8 +80,22 @@ def model_flops(index: GraphIndex, member: int, full: bool = False) -> int:
 
 def num_tokens(graph: OperatorGraph) -> int | None:
     """Tokens of one microbatch; None for a model without token numbers among its inputs."""
+    shape = token_shape(graph)
+    return None if shape is None else math.prod(shape)
+
+
+def token_shape(graph: OperatorGraph) -> tuple[int, ...] | None:
+    """The shape of a microbatch's token numbers, sequences first; None for a model without any."""
     shapes = {value.name: value.spec.shape for value in graph.values if value.name in graph.inputs}
-    return next((math.prod(shapes[name]) for name in ("input_ids", "decoder_input_ids") if name in shapes), None)
+    return next((shapes[name] for name in ("input_ids", "decoder_input_ids") if name in shapes), None)
+
+
+def num_sequences(graph: OperatorGraph) -> int:
+    """Sequences (samples) of one microbatch: rows of the token numbers, of which other inputs may have more, such as
+    several images for each; of a model without tokens those of its labels, else of its first input that has rows."""
+    shapes = {value.name: value.spec.shape for value in graph.values if value.name in graph.inputs}
+    found = [token_shape(graph), shapes.get("labels"), *(shapes[name] for name in graph.inputs)]
+    return max(1, next((shape[0] for shape in found if shape), 1))
 
 
 def flops_per_token(graph: OperatorGraph, full: bool = False) -> float | None:

@@ -14,7 +14,7 @@ from mipipe.graphs.coarse.graph import CoarseGraph, OpGroup
 from mipipe.graphs.coarse.graph_index import index_graph
 from mipipe.graphs.costs.table import CostTable, GroupCost
 from mipipe.graphs.errors import ProblemError
-from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role
+from mipipe.graphs.operator_graph import DTYPE_BYTES, OperatorGraph, Phase, Role
 from mipipe.graphs.topology import Topology
 from mipipe.planner.actions import Stream
 from mipipe.planner.problem import Group, GroupEdge, Limits, OverlapRule, PhaseTimes, PlanningProblem
@@ -31,6 +31,12 @@ STATE_BYTES: dict[str, float] = {
 }
 """Optimizer state per byte of trainable parameter. ``adamw_mixed``: 16-bit weights with a float32 master copy and two
 float32 moments, 12 bytes for each 2 (Rajbhandari et al., "ZeRO", SC 2020, section 3.1)."""
+
+
+def usual_optimizer(dtype: str) -> OptimizerName:
+    """What keeps the state of parameters of a dtype where nothing else is said: AdamW, of 16-bit ones with a float32
+    copy."""
+    return "adamw_mixed" if DTYPE_BYTES.get(dtype, 4) == 2 else "adamw"
 
 
 def build_problem(coarse: CoarseGraph, costs: CostTable, topology: Topology, *, num_microbatches: int,

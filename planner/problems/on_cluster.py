@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import ClassVar, Literal, cast
 
 from mipipe.graphs.cluster import Cluster
 from mipipe.graphs.coarse.coarsen import GroupGranularity, coarsen
 from mipipe.graphs.coarse.graph import CoarseGraph
 from mipipe.graphs.coarse.graph_index import index_graph
-from mipipe.graphs.coarse.totals import model_flops, num_tokens
+from mipipe.graphs.coarse.totals import model_flops, num_sequences, num_tokens
 from mipipe.graphs.costs.roofline import roofline
 from mipipe.graphs.costs.table import CostTable
 from mipipe.graphs.errors import InputError
@@ -28,7 +28,7 @@ from mipipe.planner.device_memory import tensors_fit, with_memory
 from mipipe.planner.experts.balance.maps import ExpertLoads
 from mipipe.planner.problem import Limits, PlanningProblem
 from mipipe.planner.problems.expert_loads import with_expert_loads
-from mipipe.planner.problems.from_graph import STATE_BYTES, OptimizerName, build_problem
+from mipipe.planner.problems.from_graph import STATE_BYTES, OptimizerName, build_problem, usual_optimizer
 
 OptimizerChoice = OptimizerName | Literal["auto"]
 
@@ -122,7 +122,7 @@ def estimated_costs(coarse: CoarseGraph, graph: OperatorGraph, cluster: Cluster,
 
 def default_optimizer(model: OperatorGraph | CoarseGraph) -> OptimizerName:
     """``adamw_mixed`` for a model whose trainable parameters are mostly of a 16-bit dtype, else ``adamw``."""
-    return "adamw_mixed" if DTYPE_BYTES.get(_dtype(model), 4) == 2 else "adamw"
+    return usual_optimizer(_dtype(model))
 
 
 def _dtype(model: OperatorGraph | CoarseGraph) -> str:
@@ -157,10 +157,9 @@ def _facts(model: OperatorGraph | CoarseGraph, coarse: CoarseGraph, table: CostT
     kinds = [cluster.kinds[device.kind] for device in problem.topology.devices]
     peaks: list[float] = [kind.flops[dtype] / kind.efficiency for kind in kinds if dtype in kind.flops]
     origins = Counter(entry.origin for entry in table.entries if entry.device_kind in {kind.name for kind in kinds})
-    shapes: dict[str, Any] = {} if isinstance(model, CoarseGraph) else {
-        value.name: value.spec.shape for value in model.values if value.name in model.inputs}
     tokens = None if isinstance(model, CoarseGraph) else num_tokens(model)
-    samples = next((shape[0] for shape in shapes.values() if shape), None)
+    samples = None if isinstance(model, CoarseGraph) or not any(
+        value.spec.shape for value in model.values if value.name in model.inputs) else num_sequences(model)
     return ModelFacts(dtype, None if tokens is None else tokens * count, None if samples is None else samples * count,
                       float(flops), sum(peaks) if len(peaks) == len(kinds) else None,
                       sum(kind.count for kind in kinds), {str(name): number for name, number in origins.items()},

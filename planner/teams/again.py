@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from mipipe.graphs.coarse.graph_index import rows_of
+from mipipe.graphs.coarse.totals import num_sequences
 from mipipe.graphs.errors import InfeasibleError, InputError, MipipeError, TimeUpError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import STRICT, from_data, to_data
@@ -84,7 +84,7 @@ def made_again(plan: Plan, graph: OperatorGraph, devices: int, *, copies: int, l
         TimeUpError: none was found in time.
     """
     began = time.monotonic()
-    task, rows = task_of(plan), rows_of(graph)
+    task, rows = task_of(plan), num_sequences(graph)
     facts = plan.provenance.get("team")
     priced = task.modes or (isinstance(facts, dict) and facts.get("modes"))
     own = () if priced else tuple(item for item in (plan.team or Team({})).modes

@@ -136,6 +136,7 @@ def evaluate_teams(pricer: Pricer, degrees: Degrees, global_batch: int, *, layer
     baseline, split = schedule_of(schedule, degrees)
     pattern = baseline.make(degrees.ranks, microbatches, EvenTimes(1, 1, 1))
     count = pattern.num_stages
+    even = layers is None
     if layers is None:
         layers = even_layers(len(model.layers), count)
     if len(layers) != count:
@@ -147,6 +148,10 @@ def evaluate_teams(pricer: Pricer, degrees: Degrees, global_batch: int, *, layer
     costs = piece_costs(pricer, degrees, recompute)
     pieces = cut_pieces(model, layers)
     empty = [number for number, members in enumerate(pieces) if not members]
+    if empty and even:
+        raise InputError(f"--degrees {degrees.text()}: {baseline.name} has {count} stages, but the model has"
+                         f" {len(model.layers)} layers, so that stage {empty[0]} would hold nothing; fix fewer ranks or"
+                         " chunks")
     if empty:
         raise InputError(f"--layers-per-stage: stage {empty[0]} would hold nothing; give every stage a layer (the first"
                          " has the embedding, the last the head as well)")

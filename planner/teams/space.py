@@ -15,7 +15,6 @@ from mipipe.planner.teams.bounds.of_degrees import bound_of, seconds_in_kernels
 from mipipe.planner.teams.prices.degrees import Degrees, Recompute
 from mipipe.planner.teams.prices.pieces import ModelPieces, misfit, samples_misfit
 from mipipe.planner.teams.prices.pricing import Pricer
-from mipipe.planner.teams.prices.resident import ADAM_BYTES, GRADIENT_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,12 +241,14 @@ def bubble_of(pricer: Pricer, degrees: Degrees, global_batch: int) -> float:
 def roughly_fits(pricer: Pricer, degrees: Degrees) -> bool:
     """Whether what stays, and what one microbatch keeps with all layers run again, fit all ranks together."""
     held = pricer.footprint(degrees)
-    size = DTYPE_BYTES[pricer.machine.dtype]
+    machine = pricer.machine
+    size = DTYPE_BYTES[machine.dtype]
     total = held.kept * degrees.microbatch
     for num_bytes, trained, copies in ((held.dense, held.trained_dense, degrees.context * degrees.copies),
                                        (held.experts, held.trained_experts, degrees.expert_copies)):
         shares = [copies if degrees.zero >= stage else 1 for stage in (1, 2, 3)]
-        total += trained / size * (ADAM_BYTES / shares[0] + GRADIENT_BYTES / shares[1]) + num_bytes / shares[2]
+        total += trained / size * (machine.state_bytes / shares[0] + machine.gradient_bytes / shares[1]) \
+            + num_bytes / shares[2]
     return total <= degrees.ranks * pricer.machine.usable_bytes
 
 

@@ -79,7 +79,7 @@ def cut_pieces(model: ModelPieces, layers: Sequence[int]) -> list[tuple[int, ...
                 stage += 1
                 room = layers[stage]
             room -= 1
-        elif number > model.layers[-1]:
+        elif total and number > model.layers[-1]:
             stage = len(layers) - 1
         found[stage].append(number)
     return [tuple(members) for members in found]

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
+from mipipe.graphs.coarse.totals import num_sequences
 from mipipe.graphs.errors import BatchError, InputError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.recipes.rows import batch_inputs
@@ -80,7 +81,7 @@ def move_batch(microbatches: Sequence[Mapping[str, torch.Tensor]], device: torch
 def check_sizes(graph: OperatorGraph, batch: int | None, seq: int | None, num_microbatches: int) -> None:
     """Raise `InputError` where a configured batch or sequence length is not the graph's and the plan's."""
     spec = next((value.spec for value in graph.values if value.name == "input_ids"), None)
-    rows = next(value.spec.shape[0] for value in graph.values if value.name == graph.inputs[0])
+    rows = num_sequences(graph)
     if batch is not None and batch != rows * num_microbatches:
         raise InputError(f"train config: batch is {batch}, but {num_microbatches} microbatches of {rows} rows make"
                          f" {rows * num_microbatches}; capture or plan again to change it")

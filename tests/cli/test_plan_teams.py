@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
-from mipipe.graphs.serialize import load
+from mipipe.graphs.coarse.totals import num_sequences
+from mipipe.graphs.operator_graph import OperatorGraph
+from mipipe.graphs.serialize import digest, load
 from mipipe.planner.check import check_plan
 from mipipe.planner.plan import Plan
 from mipipe.planner.teams.again import task_of
@@ -256,3 +259,83 @@ def test_a_mode_for_a_branch(mipipe, tmp_path):
         degrees = "ranks=2,copies=2" if "no tensor" in message else given[-1]
         refused = mipipe(*given[:-1], degrees, "--modes", modes)
         assert refused.code == 1 and message in refused.stderr and len(refused.stderr.strip().splitlines()) == 1
+
+
+def test_sequences_are_rows_of_token_numbers(mipipe, tmp_path, monkeypatch):
+    """Whatever the order of the inputs, and however many images a sequence has: as many tokens a second, and the
+    microbatch that a graph was captured with is told in sequences."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    told = {}
+    for first in ("images", "ids"):
+        file = tmp_path / f"{first}.json"
+        mipipe("capture", "cli_models:pictured", "--set", f"first={first}", "-o", file)
+        assert num_sequences(load(file, OperatorGraph)) == 2
+        for microbatch in (2, 4):
+            ended = mipipe("plan", file, "--devices", 1, "--kind", "h100", "--global-batch", 8, "--degrees", "copies=1",
+                           "--microbatch", microbatch, "-o", tmp_path / "plan.json", "--json")
+            told[first, microbatch] = ended.data["tokens_per_s_per_device"]
+            assert ended.data["global_batch"] * 8 / ended.data["step_s"] == pytest.approx(told[first, microbatch])
+            assert ("was captured with microbatches of 2, the plan has 4" in ended.stderr) == (microbatch == 4)
+    assert told["images", 2] == told["ids", 2] and told["images", 4] == told["ids", 4]
+
+
+@pytest.mark.parametrize("degrees", [(), ("--degrees", "ranks=1,copies=4")])
+def test_a_model_without_layers_is_one_piece(mipipe, tmp_path, monkeypatch, degrees):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    mipipe("capture", "cli_models:pictured", "--set", "layered=false", "-o", tmp_path / "graph.json")
+    asked = ("plan", tmp_path / "graph.json", "--devices", 4, "--kind", "h100", "--global-batch", 8, "--time-limit", 2)
+    ended = mipipe(*asked, *degrees, "--json")
+    assert ended.data["degrees"]["ranks"] == 1 and ended.data["layers_per_stage"] == [0]
+    assert "has 2 stages, but the model has 0 layers" in mipipe(*asked, "--degrees", "ranks=2,copies=2").error
+
+
+@pytest.mark.parametrize("dtype", ["fp4", "float8"])
+def test_a_model_with_short_products_is_captured_again_for_its_plan(mipipe, graph, tmp_path, dtype):
+    """The plan's microbatch is not that of the first capture; parameters keep the configuration's type."""
+    ended = mipipe("plan", graph.parent, "--devices", 8, "--kind", "b200", "--global-batch", 32, "--seq", 32,
+                   "--dtype", dtype, "--degrees", "copies=8", "--microbatch", 2, "--no-cache", "--save-graph",
+                   tmp_path / "graph.json", "-o", tmp_path / "plan.json", "--json")
+    assert ended.code == 0, ended.stderr
+    kept = load(tmp_path / "graph.json", OperatorGraph)
+    assert num_sequences(kept) == 2 and {item.spec.dtype for item in kept.parameters if not item.buffer} == {"bfloat16"}
+    assert load(tmp_path / "plan.json", Plan).problem.graph_digest == digest(kept)
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (("--schedule", ""), "schedule '': unknown"), (("--layers-per-stage", "3,x"), "--layers-per-stage 'x': expected"),
+    (("--schedule", "onef1b"), "schedule 'onef1b': unknown")])
+def test_what_is_wrong_is_told_before_a_capture(mipipe, graph, monkeypatch, wrong, message):
+    monkeypatch.setattr("mipipe.cli.requests.teams.captured", None)
+    assert message in mipipe("plan", graph.parent, *DEVICES, *wrong).error
+
+
+@pytest.mark.parametrize("dtype, gradients", [("float32", 1), ("float64", 1), ("bfloat16", 2)])
+def test_state_is_what_single_devices_keep_of_the_dtype(mipipe, graph, tmp_path, dtype, gradients):
+    """AdamW's moments in the parameters' type, of 16-bit ones with a float32 copy; --optimizer says another."""
+    file, cluster = tmp_path / "graph.json", tmp_path / "one.yaml"
+    mipipe("capture", graph.parent, "--seq", 32, "--dtype", dtype, "--no-verify", "-o", file)
+    cluster.write_text("format: mipipe.cluster\nversion: 1\ndevice_kinds:\n  slow: {base: h100, flops: {float64: 1TFLOPS,"
+                       " float32: 1TFLOPS, bfloat16: 1TFLOPS}}\nhosts:\n  - {name: one, devices: 1, kind: slow}\n"
+                       "links:\n  within_host: {latency: 1us, bandwidth: 1GB/s}\n")
+    alone = mipipe("plan", file, "--cluster", cluster, "--microbatches", 1, "--granularity", "layer", "--time-limit", 1,
+                   "-o", tmp_path / "alone.json")
+    assert alone.code == 0, alone.stderr
+    facts = load(tmp_path / "alone.json", Plan).provenance["model"]
+    for optimizer, state in (("auto", facts["state_bytes"]), ("sgd", 0), ("momentum", 1)):
+        ended = mipipe("plan", file, "--devices", 1, "--kind", "h100", "--global-batch", 1, "--degrees",
+                       "copies=1,zero=0", "--optimizer", optimizer, "--json")
+        rank = ended.data["memory"][0]
+        assert rank["optimizer_bytes"] == pytest.approx(state * rank["weights_bytes"], rel=1e-3)
+        assert rank["gradients_bytes"] == pytest.approx(gradients * rank["weights_bytes"], rel=1e-3)
+    assert facts["state_bytes"] == (6 if dtype == "bfloat16" else 2)
+    assert "--optimizer adagrad: expected one of auto, none, sgd" in mipipe(
+        "plan", file, *DEVICES, "--optimizer", "adagrad").error
+
+
+@pytest.mark.parametrize("command", ["plan graph.json --devices 8 --kind h100 --global-batch 32 --memory 0GB",
+                                     "plan graph.json --cluster c.yaml --microbatches 4 --memory 0B",
+                                     "plan graph.json --cluster c.yaml --microbatches 4 --activations 0",
+                                     "merge recipe.yaml -o made --memory 0GB", "tune recipe.yaml -o made --perplexity t.txt --memory 0GB",
+                                     "convert recipe.yaml -o made --shard-size 0MB"])
+def test_no_memory_is_none(mipipe, command):
+    assert "expected a size above 0, such as 80GB" in mipipe(*command.split()).error

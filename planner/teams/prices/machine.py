@@ -9,8 +9,10 @@ from mipipe.graphs.cluster import DeviceKind
 from mipipe.graphs.costs.collectives import Fabric
 from mipipe.graphs.efficiency import LowDtype
 from mipipe.graphs.errors import InputError
+from mipipe.graphs.operator_graph import DTYPE_BYTES
 from mipipe.graphs.serialize import STRICT, Amount
 from mipipe.planner.device_memory import room_for_tensors
+from mipipe.planner.problems.from_graph import STATE_BYTES, OptimizerName, usual_optimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +21,8 @@ class Machine:
     kernels are fused; ``flash``: attention is one kernel; ``cut``: what stays for the backward is chosen as compilers
     do, else what autograd saves (None: as ``fused``); ``overlap``: collectives of the tensor and expert axes run behind
     kernels as far as the kind's ``hidden`` and ``hidden_experts`` say; ``scatter``: a value between ranks that all
-    tensor members have goes in parts, one from each, else each sends all of it."""
+    tensor members have goes in parts, one from each, else each sends all of it; ``optimizer``: whose state is kept
+    (None: `mipipe.planner.problems.from_graph.usual_optimizer` of ``dtype``)."""
 
     __pydantic_config__: ClassVar = STRICT
     kind: DeviceKind
@@ -32,11 +35,27 @@ class Machine:
     cut: bool | None = None
     overlap: bool = False
     scatter: bool = True
+    optimizer: OptimizerName | None = None
 
     @property
     def kernels(self) -> tuple[bool, bool, bool]:
         """What profiles depend on."""
         return self.fused, self.flash, self.fused if self.cut is None else self.cut
+
+    @property
+    def keeps(self) -> OptimizerName:
+        """Whose state is kept."""
+        return self.optimizer or usual_optimizer(self.dtype)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the optimizer for one parameter."""
+        return round(STATE_BYTES[self.keeps] * DTYPE_BYTES[self.dtype])
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of one parameter's gradient, which is summed over microbatches in float32 at least."""
+        return max(DTYPE_BYTES["float32"], DTYPE_BYTES[self.dtype])
 
     @property
     def usable_bytes(self) -> int:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from mipipe.graphs.coarse.graph_index import GraphIndex, index_graph, rows_of
-from mipipe.graphs.coarse.totals import model_flops
+from mipipe.graphs.coarse.graph_index import GraphIndex, index_graph
+from mipipe.graphs.coarse.totals import model_flops, num_sequences, num_tokens
 from mipipe.graphs.costs.latents import with_latents_again
 from mipipe.graphs.costs.split_rules import indivisible, split_rules
 from mipipe.graphs.costs.trace_facts import TeamSplit, heads_of
@@ -20,7 +20,7 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.exchange import exchanges
 from mipipe.graphs.modes import Layout
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role, SegmentTrace
-from mipipe.planner.teams.prices.branches import TOKENS, check_modes, encoders_of, together
+from mipipe.planner.teams.prices.branches import check_modes, encoders_of, together
 from mipipe.planner.teams.prices.degrees import RECOMPUTE, Degrees, Recompute
 
 
@@ -197,10 +197,9 @@ def model_pieces(graph: OperatorGraph, modes: Mapping[str, str] | None = None) -
         pieces.append(SegmentGroup(kind, tuple(members), layer, name))
         if kind == len(first):
             first.append(pieces[-1])
-    shapes = {value.name: value.spec.shape for value in graph.values if value.name in graph.inputs}
-    ids = next((shapes[name] for name in TOKENS if name in shapes), None)
-    return ModelPieces(graph, index, tuple(pieces), tuple(first), rows_of(graph),
-                       math.prod(ids) // max(1, ids[0]) if ids else None, None if modes is None else dict(modes))
+    sequences, tokens = num_sequences(graph), num_tokens(graph)
+    return ModelPieces(graph, index, tuple(pieces), tuple(first), sequences,
+                       None if tokens is None else tokens // sequences, None if modes is None else dict(modes))
 
 
 def misfit(model: ModelPieces, degrees: Degrees, global_batch: int) -> str | None:

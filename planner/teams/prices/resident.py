@@ -12,11 +12,6 @@ from mipipe.planner.teams.prices.degrees import Degrees
 from mipipe.planner.teams.prices.machine import Machine
 from mipipe.planner.teams.prices.piece_cost import PhaseCost, PieceCost, phase_beside
 
-ADAM_BYTES = 3 * DTYPE_BYTES["float32"]
-"""Optimizer state of a parameter: a master copy and two moments in float32 (Rajbhandari et al., 2020, section 3.1)."""
-GRADIENT_BYTES = DTYPE_BYTES["float32"]
-"""A gradient that is summed over microbatches is float32."""
-
 
 @dataclass(frozen=True, slots=True)
 class PieceWork:
@@ -44,7 +39,7 @@ def held_cost(machine: Machine, degrees: Degrees, work: PieceWork, phases: Mappi
     """The price of a piece whose phases take so long, and which keeps so much (the first bytes of `PieceCost`): with
     bytes that stay, what copies do with them at the end of a step, and with ``zero`` 3 in every microbatch."""
     found = dict(phases)
-    size = DTYPE_BYTES[machine.dtype]
+    size, summed_bytes, state_bytes = DTYPE_BYTES[machine.dtype], machine.gradient_bytes, machine.state_bytes
     (dense, experts), (trained, trained_experts), summed = work.held, work.trained, work.summed
     alike = degrees.context * degrees.copies
     classes = ((dense - summed, trained - summed, alike, degrees.tensor, 1),
@@ -56,18 +51,18 @@ def held_cost(machine: Machine, degrees: Degrees, work: PieceWork, phases: Mappi
     for num_bytes, training, copies, stride, members in classes:
         parameters = training // size
         shared = [copies if degrees.zero >= stage else 1 for stage in (1, 2, 3)]
-        own_state = parameters * ADAM_BYTES // shared[0]
+        own_state = parameters * state_bytes // shared[0]
         weights += num_bytes // shared[2]
-        gradients += parameters * GRADIENT_BYTES // shared[1]
+        gradients += parameters * summed_bytes // shared[1]
         state += own_state
-        touched += own_state * (2 + (GRADIENT_BYTES + size) / ADAM_BYTES)
+        touched += 2 * own_state + parameters * (summed_bytes + size) / shared[0]
         kinds = CollectiveKind
         spent = [collective_ns(machine.fabric, kind, amount, copies, stride) / 1e9 for kind, amount in (
-            (kinds.REDUCE_SCATTER if degrees.zero else kinds.ALL_REDUCE, parameters * GRADIENT_BYTES),
+            (kinds.REDUCE_SCATTER if degrees.zero else kinds.ALL_REDUCE, parameters * summed_bytes),
             (kinds.ALL_GATHER, training if degrees.zero else 0), (kinds.ALL_GATHER, num_bytes))]
         if members > 1:
             over = members if degrees.zero > 1 else members * copies
-            reduce += collective_ns(machine.fabric, kinds.ALL_REDUCE, parameters * GRADIENT_BYTES // shared[1],
+            reduce += collective_ns(machine.fabric, kinds.ALL_REDUCE, parameters * summed_bytes // shared[1],
                                     over) / 1e9
             spent[0] = spent[0] if degrees.zero > 1 else 0.0
         if degrees.zero < 2:
@@ -75,7 +70,7 @@ def held_cost(machine: Machine, degrees: Degrees, work: PieceWork, phases: Mappi
         elif parameters:
             last = Phase.W if Phase.W in found else Phase.I
             found[last] = phase_beside(found[last], spent[0])
-            gathered += parameters * GRADIENT_BYTES
+            gathered += parameters * summed_bytes
         if degrees.zero < 3:
             gather += spent[1]
             continue

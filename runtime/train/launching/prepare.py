@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from mipipe.graphs.coarse.graph_index import rows_of
+from mipipe.graphs.coarse.totals import num_sequences
 from mipipe.graphs.errors import InputError, RunError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.recipes.source import recipe_of
@@ -128,7 +128,7 @@ def check_team(plan: Plan, graph: OperatorGraph, config: TrainConfig) -> None:
         raise InputError(f"plan {plan.name}: members of its teams ({team.text()}) route parts of the tokens, for which"
                          " experts.elastic would draw alike; plan with --degrees tensor= in place of sequence=, and"
                          " context=1, or leave experts.elastic out")
-    rows = rows_of(graph)
+    rows = num_sequences(graph)
     if team.microbatch not in (0, rows):
         raise InputError(f"plan {plan.name}: has microbatches of {team.microbatch} sequences, but the graph was"
                          f" captured with {rows}; capture it with --batch {team.microbatch} and plan that")
