@@ -38,9 +38,15 @@ def calibrate(
 ) -> None:
     """Correct a cost table by a measured run, say how far the simulation was off, stage by stage, and plan again."""
     check_files(timeline_file, plan_file, costs_file, cluster, output=output, replan=replan_file)
+    from mipipe.cli.requests.given import refuse
+
     if str(timeline_file) == "links":
+        refuse(("plan_file", "costs_file", "replan_file", "time_limit", "seed"), "is of a timeline, not of links")
         _links(cluster, output, torchrun, json_output)
         return
+    refuse(("cluster", "torchrun"), "is of `mipipe calibrate links`; a timeline needs --plan and --costs")
+    if replan_file is None:
+        refuse(("time_limit", "seed"), "is for planning again: give --replan with it")
     if plan_file is None or costs_file is None:
         raise InputError("calibrate: a timeline needs --plan and --costs, the plan that ran and its cost table")
     from mipipe.cli.printing.tables import print_rows

@@ -8,11 +8,16 @@ from typing import Annotated
 import typer
 
 from mipipe.cli.printing.output import Json, check_files, emit, log, progress, stdout
+from mipipe.cli.requests.given import refuse
 from mipipe.cli.requests.modes import captured_graph, parse_modes
 from mipipe.cli.requests.settings import parse_settings
 from mipipe.graphs.errors import InputError
 
 EXAMPLE = "mipipe capture examples/qwen3_moe_tiny --seq 64 --batch 2 -o graph.json"
+
+OF_MODELS = ("seq", "batch", "dtype", "settings", "expert_groups", "expert_parallel", "loads", "router_loss", "images",
+             "image", "frames", "freeze", "inputs", "config", "granularity", "tags", "verify")
+"""What a graph that is captured already has."""
 
 
 def capture(
@@ -71,6 +76,11 @@ def capture(
     check_files(source, loads, config, tags, output=output)
     overrides = parse_settings(settings or [])
     names, sizes = parse_modes(modes, team)
+    if captured_graph(source, bool(names)) is not None:
+        refuse(OF_MODELS, f"is for models; {source} is captured already, and --modes only adds modes to it")
+    if ":" in source or source.endswith(".pt2"):
+        refuse(("seq", "batch", "images", "image", "frames"), f"does not apply to {source}, which has its own example"
+                                                              " inputs")
     if loads is not None and expert_parallel < 2:
         raise InputError("--loads weighs the costs of expert parallelism: give --expert-parallel RANKS with it")
     with progress(f"capturing {source}") as update:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 EXAMPLE = "mipipe compare --ranks 8 --microbatches 20 --f 2 --i 2 --w 1"
 
+CHAIN = ("ranks", "microbatches", "f", "i", "w", "comm", "fb", "layers", "first", "last", "copies", "activations",
+         "attention", "dispatch", "experts", "combine")
+"""What describes equal stages."""
 _CHAIN = "Equal stages"
 _STREAMS = "Equal MoE stages on two streams (give all four instead of --f, --i, --w)"
 
@@ -84,11 +87,17 @@ def compare(
     """Compare published schedules with the planned one: makespan, bubble, memory, bound and gap."""
     check_files(problem_file, html=html_file)
     from mipipe.cli.requests.abstract import abstract_problem
+    from mipipe.cli.requests.given import refuse
     from mipipe.planner.compare import compare as compare_schedules
     from mipipe.planner.options import PlanOptions
     from mipipe.planner.options import without as parts_off
     from mipipe.planner.schedules.one_f_one_b import CHUNKS
 
+    if problem_file is not None:
+        refuse(CHAIN, f"describes equal stages, but --problem {problem_file} is given; leave one of both out")
+    elif attention is not None:
+        refuse(("f", "i", "w", "first", "last", "fb"), "does not apply to stages on two streams; their durations are"
+                                                       " given by --attention, --dispatch, --experts, --combine")
     chain = {"ranks": ranks, "microbatches": microbatches, "f": f, "i": i, "w": w, "comm": comm, "fb": fb,
              "layers": layers, "first": first, "last": last, "copies": copies, "activations": activations,
              "attention": attention, "dispatch": dispatch, "experts": experts, "combine": combine}

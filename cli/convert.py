@@ -38,7 +38,7 @@ def convert(
     if "method" not in found and is_moe_recipe(found):
         from mipipe.cli.merge import merge
 
-        merge(recipe, output, shard_size=shard_size, no_verify=no_verify, json_output=json_output)
+        merge(recipe, output, loader=loader, shard_size=shard_size, no_verify=no_verify, json_output=json_output)
         return
     from mipipe.graphs.converting.recipe import read_convert_recipe
 

@@ -43,12 +43,15 @@ def experts(
     check_files(loads_file, cluster, current, output=output, eplb=eplb_file)
     from mipipe.cli.printing.tables import print_rows
     from mipipe.cli.requests.files import read_size
+    from mipipe.cli.requests.given import refuse
     from mipipe.graphs.cluster import load_cluster
     from mipipe.graphs.serialize import save, to_data, write_text
     from mipipe.graphs.units import parse_bytes
     from mipipe.planner.experts.files import eplb_tables, read_loads, read_map
     from mipipe.planner.experts.plan import ExpertOptions, plan_experts, share_slots, slots_in_memory
 
+    if current is None:
+        refuse(("horizon", "max_moves", "max_bytes"), "is of moves from a map in use: give --current with it")
     options = ExpertOptions(replicas=replicas, groups=groups, time_limit_s=time_limit, seed=seed, horizon=horizon,
                             max_moves=max_moves,
                             max_bytes=None if max_bytes is None else parse_bytes(max_bytes, "--max-bytes"))

@@ -38,6 +38,7 @@ from mipipe.cli import (
     train,
     tune,
 )
+from mipipe.cli.requests.given import NotingCommand
 from mipipe.graphs.errors import MipipeError, PlanError, shown
 from mipipe.graphs.named_code import no_exit
 
@@ -118,7 +119,7 @@ def _cut(word: re.Match[str]) -> str:
 
 for _module in VERBS:
     _verb = getattr(_module, _module.__name__.rpartition(".")[2])
-    app.command(epilog=f"Example: {_module.EXAMPLE}")(guarded(_verb))
+    app.command(cls=NotingCommand, epilog=f"Example: {_module.EXAMPLE}")(guarded(_verb))
 
 
 def _as_ctrl_c(number: int, frame: FrameType | None) -> None:

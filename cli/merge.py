@@ -49,9 +49,12 @@ def merge(
     json_output: Json = False,
 ) -> None:
     """Merge model checkpoints as RECIPE says. An interrupted merge continues when the same command runs again."""
+    from mipipe.cli.requests.given import refuse
     from mipipe.graphs.merging.recipes.recipe import DTYPES
 
     if methods:
+        refuse(("output", "ranks", "device", "dtype", "memory", "shard_size", "loader", "dry_run", "store", "route",
+                "no_verify", "timeline"), "does not go with --methods, which merges nothing")
         list_methods(None if recipe is None else str(recipe), json_output)
         return
     if recipe is None:
@@ -71,6 +74,7 @@ def merge(
     if store or route is not None:
         from mipipe.runtime.merge.launching.launch import MergeOptions
 
+        refuse(("loader", "no_verify"), "does not go with --store and --route")
         if dtype is not None:
             raise typer.BadParameter("parts and what is rebuilt from them have the models' dtypes; leave it out",
                                      param_hint="--dtype")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from mipipe.planner.plan import Plan
 
 EXAMPLE = "mipipe plan examples/qwen3_moe_tiny --cluster examples/cluster_8xh100.yaml -o plan.json"
+
+TEAMS_ONLY = ("per_host", "eager", "held", "scatter", "layer_entry")
+"""Options of teams that alone do not ask for any."""
+SINGLE_ONLY = ("microbatches", "groups", "granularity", "costs", "experts", "sizes", "activations", "batch",
+               "exportable", "pareto", "recompute", "explain", "placement", "objective", "exact", "without", "branches")
+"""Options of plans in which every rank is one device."""
+NO_PLAN = ("output", "trace_file", "explain", "objective", "exact")
+"""Options of one plan, which a frontier is not."""
 
 _TEAMS = "Teams of devices (tensor, context, expert and data parallelism around the pipeline)"
 _CAPTURE = "Models that are captured on the way (mipipe capture has more options)"
@@ -143,6 +151,7 @@ def plan(
     """Plan a training step: placement, order of work, and a bound. Ctrl-C (or SIGTERM) keeps the best plan so far."""
     check_files(graph, cluster, costs, experts, sizes, layer_times, output=output, html=html_file, trace=trace_file,
                 save_graph=save_graph)
+    from mipipe.cli.requests.given import refuse
     from mipipe.cli.requests.team_request import TeamRequest
 
     request = TeamRequest(degrees, devices, kind, per_host, global_batch, microbatch, layers_per_stage, schedule,
@@ -150,15 +159,19 @@ def plan(
     if request.given:
         from mipipe.cli.requests.teams import plan_teams
 
-        _refuse({"--microbatches": microbatches, "--groups": groups, "--granularity": granularity, "--costs": costs,
-                 "--experts": experts, "--sizes": sizes, "--activations": activations, "--batch": batch,
-                 "--exportable": exportable, "--pareto": pareto, "--recompute": recompute, "--explain": explain,
-                 "--placement": placement != "free", "--objective": objective != "makespan", "--branches": branches})
+        refuse(SINGLE_ONLY, "does not go with teams (--degrees, --global-batch, --devices, ...)")
+        if cluster is not None:
+            refuse(("devices", "kind", "per_host"), f"describes what {cluster} describes already; give one of both")
+        if layer_times is None:
+            refuse(("layer_entry",), "names an entry of --layer-times, which is not given")
         plan_teams(graph, request, cluster=cluster, memory=memory, seq=seq, dtype=dtype, settings=settings or [],
                    use_cache=not no_cache, save_graph=save_graph, output=output, optimizer=optimizer,  # type: ignore[arg-type]
                    time_limit=time_limit, seed=seed,
                    draw=lambda found: _draw(found.plan, html_file, trace_file), json_output=json_output)
         return
+    refuse(TEAMS_ONLY, "is for teams of devices: give --global-batch, the sequences of a step over all copies, with it")
+    if pareto:
+        refuse(NO_PLAN, "does not go with --pareto, which makes no plan")
     from mipipe.cli.printing.explained import LEAST_S, MORE, explanation_data, print_explanation
     from mipipe.cli.printing.panels import write_files
     from mipipe.cli.printing.planned import print_next, print_result, result_data
@@ -227,13 +240,6 @@ def plan(
         print_explanation(result, found, more)
     kept = Path(graph) if model is None else save_graph or model.path
     print_next(console, next_steps(output, kept, facts, graph), output)
-
-
-def _refuse(options: dict[str, Any]) -> None:
-    """Raise for an option that does not go with teams."""
-    for option, value in options.items():
-        if value:
-            raise InputError(f"{option} does not go with teams (--degrees, --global-batch, --devices, ...)")
 
 
 def _draw(found: Plan, html_file: Path | None, trace_file: Path | None) -> None:

@@ -57,6 +57,12 @@ def train(
     progress = False if json_output else None
     if device not in (None, "cpu", "cuda"):
         raise typer.BadParameter(f"{device!r} is neither cpu nor cuda", param_hint="--device")
+    from mipipe.cli.requests.given import refuse
+
+    if resume:
+        refuse(("resume_if_any",), "starts anew where --resume ends; give one of both")
+    if not elastic:
+        refuse(("min_ranks", "replan_seconds"), "is of runs that plan again: give --elastic with it")
     if elastic:
         if torchrun:
             raise InputError("--elastic watches all ranks of one host: --torchrun does not go with it")

@@ -60,11 +60,18 @@ def tune(
 ) -> None:
     """Search a recipe's free values: each point is merged (only tensors that change) and measured."""
     check_files(recipe, *(perplexity or ()), html=html)
+    from mipipe.cli.requests.given import refuse
     from mipipe.runtime.merge.launching.launch import MergeOptions
     from mipipe.runtime.tuning.objectives import Objectives
     from mipipe.runtime.tuning.tune import TuneOptions
     from mipipe.runtime.tuning.tune import tune as run
 
+    refuse(("budget",) if search == "grid" else ("points",), f"does not apply to --search {search}; a grid has"
+                                                             " --points, all others a --budget")
+    for asked, others, needed in ((evaluate, ("minimise",), "--evaluate"), (lm_eval, ("limit",), "--lm-eval"),
+                                  (perplexity, ("samples", "length"), "--perplexity")):
+        if not asked:
+            refuse(others, f"is of {needed}, which is not given")
     objectives = Objectives(tuple(map(str, perplexity or ())), tuple(evaluate or ()), samples, length, seed=seed,
                             minimise=minimise, tasks=tuple(lm_eval or ()), limit=limit)
     options = TuneOptions(search, budget, points, seed, tuple(_weights(weight or [])))

@@ -43,10 +43,14 @@ def read_problem(graph: Path | OperatorGraph, cluster: Path | None, microbatches
     source = graph if isinstance(graph, OperatorGraph) else open_any(graph, OperatorGraph, CoarseGraph, PlanningProblem)
     if isinstance(source, PlanningProblem):
         for option, value in (("--experts", experts), ("--sizes", sizes), ("--cluster", cluster), ("--costs", costs),
-                              ("--groups", groups)):
+                              ("--groups", groups), ("--granularity", granularity),
+                              ("--optimizer", details.get("optimizer", "auto") != "auto" or None)):
             if value is not None:
                 raise InputError(f"{graph} is a whole planning problem: {option} does not apply to it")
         return _changed(source, microbatches, size, limit), None
+    if isinstance(source, CoarseGraph) and (groups is not None or granularity is not None):
+        raise InputError(f"{graph}: has its groups already: --{'groups' if granularity is None else 'granularity'} does"
+                         " not apply to it")
     named = source.model if isinstance(graph, OperatorGraph) else graph
     if cluster is None:
         raise InputError(f"{named}: an operator graph needs --cluster CLUSTER.yaml, which describes the devices")

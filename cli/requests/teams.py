@@ -93,6 +93,8 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
         if by_branch and degrees.tensor == 1:
             raise InputError(f"--modes: there is no tensor axis ({degrees.text()}); add tensor=N or sequence=N to"
                              " --degrees")
+        if not request.scatter and (degrees.tensor == 1 or degrees.ranks == 1):
+            raise InputError(f"--no-scatter is of tensor members that send to the next rank; {degrees.text()} has none")
         pricer = Pricer(pieces, machine, _measured(request, degrees, pieces))
         result = evaluate_teams(pricer, degrees, global_batch, layers=layers, held=request.held,
                                 schedule=request.schedule or ("interleaved" if degrees.chunks > 1 else "1F1B"))
@@ -172,8 +174,6 @@ def _print_notes(console: Console, whole: Sequence[str], beyond: Sequence[str], 
 def _measured(request: TeamRequest, degrees: Degrees, model: ModelPieces) -> tuple[LayerTimes, ...] | None:
     """The measured times of layers of a configuration, where a table was given."""
     if request.layer_times is None:
-        if request.layer_entry is not None:
-            raise InputError("--layer-entry names an entry of --layer-times, which is not given")
         return None
     if degrees.recompute != "none":
         raise InputError(f"--recomputation {degrees.recompute}: measured times of layers have it in their backward or"
@@ -191,8 +191,6 @@ def _cluster(request: TeamRequest, cluster: Path | None, memory: str | None) -> 
         if request.devices is None or request.kind is None:
             raise InputError("plan: teams need --cluster CLUSTER.yaml, or --devices with --kind (and --per-host)")
         return uniform_cluster(request.kind, request.devices, request.per_host, size)
-    if request.devices is not None or request.kind is not None:
-        raise InputError(f"plan: --devices and --kind describe what {cluster} describes already; give one of both")
     found = load_cluster(cluster)
     if size is None:
         return found
@@ -233,7 +231,12 @@ def _as_planned(graph: str, microbatch: int, model: OperatorGraph, capture: Capt
         log(f"{graph}: was captured with microbatches of {own}, the plan has {microbatch}; to run it, capture with"
             f" --batch {microbatch} and plan that graph")
         return model
-    return capture(microbatch)[0]
+    found = capture(microbatch)[0]
+    own = num_sequences(found)
+    if microbatch != own:
+        log(f"{graph}: gives microbatches of {own}, the plan has {microbatch}; to run it, let the factory give as many"
+            " and plan again")
+    return found
 
 
 def _graph(graph: str, capture: Capture) -> tuple[OperatorGraph, str]:

@@ -314,9 +314,9 @@ def test_state_is_what_single_devices_keep_of_the_dtype(mipipe, graph, tmp_path,
     """AdamW's moments in the parameters' type, of 16-bit ones with a float32 copy; --optimizer says another."""
     file, cluster = tmp_path / "graph.json", tmp_path / "one.yaml"
     mipipe("capture", graph.parent, "--seq", 32, "--dtype", dtype, "--no-verify", "-o", file)
-    cluster.write_text("format: mipipe.cluster\nversion: 1\ndevice_kinds:\n  slow: {base: h100, flops: {float64: 1TFLOPS,"
-                       " float32: 1TFLOPS, bfloat16: 1TFLOPS}}\nhosts:\n  - {name: one, devices: 1, kind: slow}\n"
-                       "links:\n  within_host: {latency: 1us, bandwidth: 1GB/s}\n")
+    cluster.write_text("format: mipipe.cluster\nversion: 1\ndevice_kinds:\n  slow: {base: h100, flops: {float64:"
+                       " 1TFLOPS, float32: 1TFLOPS, bfloat16: 1TFLOPS}}\nhosts:\n"
+                       "  - {name: one, devices: 1, kind: slow}\nlinks:\n  within_host: {latency: 1us, bandwidth: 1GB/s}\n")
     alone = mipipe("plan", file, "--cluster", cluster, "--microbatches", 1, "--granularity", "layer", "--time-limit", 1,
                    "-o", tmp_path / "alone.json")
     assert alone.code == 0, alone.stderr
@@ -335,7 +335,8 @@ def test_state_is_what_single_devices_keep_of_the_dtype(mipipe, graph, tmp_path,
 @pytest.mark.parametrize("command", ["plan graph.json --devices 8 --kind h100 --global-batch 32 --memory 0GB",
                                      "plan graph.json --cluster c.yaml --microbatches 4 --memory 0B",
                                      "plan graph.json --cluster c.yaml --microbatches 4 --activations 0",
-                                     "merge recipe.yaml -o made --memory 0GB", "tune recipe.yaml -o made --perplexity t.txt --memory 0GB",
+                                     "merge recipe.yaml -o made --memory 0GB",
+                                     "tune recipe.yaml -o made --perplexity t.txt --memory 0GB",
                                      "convert recipe.yaml -o made --shard-size 0MB"])
 def test_no_memory_is_none(mipipe, command):
     assert "expected a size above 0, such as 80GB" in mipipe(*command.split()).error
