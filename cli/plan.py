@@ -31,7 +31,8 @@ _CAPTURE = "Models that are captured on the way (mipipe capture has more options
 
 def plan(
     graph: Annotated[str, typer.Argument(metavar="GRAPH", help="An operator graph, a coarse graph, or a whole planning"
-                                                              " problem; or a model, which is captured on the way (as"
+                                                              " problem (JSON or CSV); or a model, which is captured on"
+                                                              " the way (as"
                                                               " for `mipipe capture`: a folder with a config.json,"
                                                               " package.module:factory, ...).")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The plan to write.")] = None,

@@ -22,7 +22,8 @@ EXAMPLE = "mipipe show plan.json measured.json --html timeline.html"
 
 
 def show(
-    files: Annotated[list[Path], typer.Argument(metavar="FILES", help="A graph and its cost table, or one of them; or"
+    files: Annotated[list[Path], typer.Argument(metavar="FILES", help="A graph and its cost table, or one of them; a"
+                                                                      " planning problem (JSON or CSV); or"
                                                                       " plans and timelines, drawn under one"
                                                                       " another.")],
     html_file: Html = None,
@@ -32,22 +33,29 @@ def show(
                                 " mode on teams of so many devices.", min=2)] = None,
     json_output: Json = False,
 ) -> None:
-    """Show a graph's summary, or plans and timelines on one time scale with their ratios."""
+    """Show a graph's summary, a planning problem, or plans and timelines on one time scale with their ratios."""
     check_files(*files, html=html_file, trace=trace_file)
     from mipipe.cli.requests.files import open_any
     from mipipe.graphs.coarse.graph import CoarseGraph
     from mipipe.graphs.costs.table import CostTable
     from mipipe.graphs.operator_graph import OperatorGraph
     from mipipe.planner.plan import Plan
+    from mipipe.planner.problem import PlanningProblem
     from mipipe.planner.timeline import Timeline
 
-    found = [open_any(path, OperatorGraph, CoarseGraph, CostTable, Plan, Timeline) for path in files]
+    found = [open_any(path, OperatorGraph, CoarseGraph, CostTable, Plan, Timeline, PlanningProblem) for path in files]
     graphs = [item for item in found if isinstance(item, (OperatorGraph, CoarseGraph))]
     tables = [item for item in found if isinstance(item, CostTable)]
     if modes is not None:
         if len(found) != 1 or not isinstance(found[0], OperatorGraph) or html_file or trace_file:
             raise InputError("show: --modes is for one graph (mipipe capture), without --html and --trace")
         show_modes(found[0], modes, json_output)
+    elif any(isinstance(item, PlanningProblem) for item in found):
+        if len(found) > 1 or html_file or trace_file:
+            raise InputError("show: give one planning problem, without --html and --trace")
+        from mipipe.cli.printing.problem import show_problem
+
+        show_problem(found[0], json_output)
     elif not graphs and not tables:
         _show_timelines(list(zip(files, found, strict=True)), html_file, trace_file, json_output)
     elif trace_file is not None:

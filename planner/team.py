@@ -57,6 +57,8 @@ class Team:
         if list(self.axes) != [axis for axis in AXES if axis in self.axes] or min(self.axes.values(), default=2) < 2:
             raise PlanError(f"team: axes {shown(self.axes)}; expected at least 2 members along"
                             f" {' and '.join(AXES)}, in this order, or no axes")
+        if self.zero > 3:
+            raise PlanError(f"team: zero is {shown(self.zero)}; expected 0 to 3: what copies divide among them")
         for item in self.modes:
             if item.axis not in self.axes or item.mode not in AXES[item.axis]:
                 raise PlanError(f"team: mode {shown(item.mode)} along axis {shown(item.axis)}; expected one of"

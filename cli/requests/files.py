@@ -8,14 +8,19 @@ from typing import Any
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import check_header, from_data, load_data
 from mipipe.graphs.units import parse_bytes
+from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.problems.from_csv import read_csv_problem
 
 
 def open_any(path: Path, *kinds: Any) -> Any:
-    """The content of a file whose format is one of ``kinds`` (dataclasses with ``FORMAT`` and ``VERSION``).
+    """The content of a file whose format is one of ``kinds`` (dataclasses with ``FORMAT`` and ``VERSION``); a planning
+    problem may be CSV.
 
     Raises:
         InputError: unreadable, no JSON, of a format that is not expected here, an unknown key or a wrong type.
     """
+    if str(path).endswith(".csv") and PlanningProblem in kinds:
+        return read_csv_problem(path)
     data = load_data(path)
     for kind in kinds:
         if data.get("format") == kind.FORMAT:

@@ -15,8 +15,10 @@ from collections.abc import Iterable, Iterator
 from mipipe.graphs.coarse.contract import contract
 from mipipe.graphs.coarse.graph import CoarseGraph, OpGroup
 from mipipe.graphs.coarse.graph_index import index_graph
+from mipipe.graphs.costs.latents import with_latents_again
+from mipipe.graphs.costs.trace_facts import heads_of
 from mipipe.graphs.errors import GraphError, PlanError
-from mipipe.graphs.operator_graph import OperatorGraph, Phase
+from mipipe.graphs.operator_graph import OperatorGraph, Phase, SegmentTrace
 from mipipe.graphs.serialize import digest
 from mipipe.planner.actions import Stream
 from mipipe.planner.plan import Plan
@@ -38,7 +40,7 @@ def check_graph(plan: Plan, graph: OperatorGraph) -> None:
         raise _unfit(plan, str(error)) from None
     faults = itertools.chain(_group_faults(problem, coarse), _edge_faults(problem, coarse),
                              _sharing_faults(problem, coarse)) if plan.team is None else \
-        itertools.chain(_member_faults(problem, coarse), _team_faults(plan.team, problem))
+        itertools.chain(_member_faults(problem, coarse), _team_faults(plan.team, problem, graph))
     fault = next(faults, None)
     if fault is not None:
         raise _unfit(plan, fault)
@@ -123,8 +125,10 @@ def _member_faults(problem: PlanningProblem, coarse: CoarseGraph) -> Iterator[st
             yield f"value {value.name}: (source, targets, gradient) are {found}, the graph gives {wanted}"
 
 
-def _team_faults(team: Team, problem: PlanningProblem) -> Iterator[str]:
-    """Segments that the team names and nobody has, or that run again together and are apart."""
+def _team_faults(team: Team, problem: PlanningProblem, graph: OperatorGraph) -> Iterator[str]:
+    """Segments that the team names and nobody has, that have nothing to run again, or that run again together and are
+    apart."""
+    traces = {segment.name: graph.trace(segment) for segment in graph.segments}
     home = {name: number for number, group in enumerate(problem.groups) for name in group.segments}
     for item in team.modes:
         for name in item.segments:
@@ -137,13 +141,20 @@ def _team_faults(team: Team, problem: PlanningProblem) -> Iterator[str]:
         if seen & set(run):
             yield f"segment {min(seen & set(run))} runs again twice"
         seen |= set(run)
-    for what, names in (("attention", team.attention_again), ("up-projections", team.latents_again)):
+    for what, names, has in (("attention", team.attention_again, heads_of),
+                             ("up-projections", team.latents_again, _has_latents)):
         for name in names:
             if name not in home:
                 yield f"{what} of segment {name!r} run again, which the graph does not have"
+            elif not has(traces[name]):
+                yield f"{what} of segment {name!r} run again, which has none"
             if name in seen:
                 yield f"segment {name} runs again twice"
             seen.add(name)
+
+
+def _has_latents(trace: SegmentTrace) -> bool:
+    return with_latents_again(trace) is not trace
 
 
 def _ratio_faults(what: str, sizes: Iterable[tuple[Group, int, int]]) -> Iterator[str]:

@@ -316,7 +316,8 @@ def test_state_is_what_single_devices_keep_of_the_dtype(mipipe, graph, tmp_path,
     mipipe("capture", graph.parent, "--seq", 32, "--dtype", dtype, "--no-verify", "-o", file)
     cluster.write_text("format: mipipe.cluster\nversion: 1\ndevice_kinds:\n  slow: {base: h100, flops: {float64:"
                        " 1TFLOPS, float32: 1TFLOPS, bfloat16: 1TFLOPS}}\nhosts:\n"
-                       "  - {name: one, devices: 1, kind: slow}\nlinks:\n  within_host: {latency: 1us, bandwidth: 1GB/s}\n")
+                       "  - {name: one, devices: 1, kind: slow}\nlinks:\n"
+                       "  within_host: {latency: 1us, bandwidth: 1GB/s}\n")
     alone = mipipe("plan", file, "--cluster", cluster, "--microbatches", 1, "--granularity", "layer", "--time-limit", 1,
                    "-o", tmp_path / "alone.json")
     assert alone.code == 0, alone.stderr

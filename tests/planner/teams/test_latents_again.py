@@ -92,3 +92,10 @@ def test_said_in_the_plan_and_to_other_engines(latent_pieces):
         wrong = replace(both, team=replace(both.team, latents_again=names), problem=plan.problem)
         with pytest.raises(PlanError, match=message):
             check_graph(wrong, latent_pieces.graph)
+    mlp = next(segment.name for segment in latent_pieces.graph.segments if segment.name.endswith("mlp"))
+    for field in ("attention_again", "latents_again"):
+        wrong = replace(plan, team=replace(plan.team, **{"latents_again": (), field: (mlp,)}))
+        with pytest.raises(PlanError, match=f"{mlp}' run again, which has none"):
+            check_graph(wrong, latent_pieces.graph)
+    with pytest.raises(PlanError, match="zero is 9; expected 0 to 3"):
+        replace(plan.team, zero=9)
