@@ -96,7 +96,7 @@ def compare(
     if problem_file is not None:
         refuse(CHAIN, f"describes equal stages, but --problem {problem_file} is given; leave one of both out")
     elif attention is not None:
-        refuse(("f", "i", "w", "first", "last", "fb"), "does not apply to stages on two streams; their durations are"
+        refuse(("f", "i", "w", "first", "last"), "does not apply to stages on two streams; their durations are"
                                                        " given by --attention, --dispatch, --experts, --combine")
     chain = {"ranks": ranks, "microbatches": microbatches, "f": f, "i": i, "w": w, "comm": comm, "fb": fb,
              "layers": layers, "first": first, "last": last, "copies": copies, "activations": activations,

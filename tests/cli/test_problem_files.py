@@ -79,7 +79,8 @@ def test_a_value_may_have_several_readers_and_no_gradient(tmp_path):
     ("embed,1ms", "embed,", "own.csv, line 7: has no f"), ("embed,1ms", ",1ms", "own.csv, line 7: has no name"),
     ("embed,1ms", "embed,1", "own.csv, line 7, f: found"), ("16MB,embed", "16MB,head", "own.csv, line 8, reads: found"),
     ("500MB,40MB", "-5MB,40MB", "line 8, gradient: found"), ("16MB,embed", "16MB", "line 8: has 11 cells, expected 12"),
-    ("layer 1,2ms", "layer 0,2ms", "two groups are named 'layer 0'"), ("output,reads", "output,\"reads", "own.csv, line 6: unexpected end of data")])
+    ("layer 1,2ms", "layer 0,2ms", "two groups are named 'layer 0'"),
+    ("output,reads", "output,\"reads", "own.csv, line 6: unexpected end of data")])
 def test_what_is_wrong_is_one_line(mipipe, file, old, new, message):
     assert old in DOCUMENTED
     file.write_text(DOCUMENTED.replace(old, new, 1))
