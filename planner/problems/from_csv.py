@@ -22,6 +22,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mipipe.graphs.errors import InputError, shown
 from mipipe.graphs.serialize import read_text
@@ -81,7 +82,7 @@ def _group(where: str, row: Mapping[str, str]) -> Group:
     if f is None or not row["group"]:
         raise InputError(f"{where}: has no {'name' if f is not None else 'f'}; expected a group's name and the duration"
                          " of its forward, such as 2ms")
-    sizes = {f"{name}_bytes": _size(where, row, name) for name in SIZES}
+    sizes: dict[str, Any] = {f"{name}_bytes": _size(where, row, name) for name in SIZES}
     return Group(row["group"], {KIND: PhaseTimes(f, i, w)}, **sizes)
 
 
@@ -115,8 +116,8 @@ def _topology(path: Path, settings: Mapping[str, str]) -> Topology:
     memory = parse_bytes(settings["memory"], f"{path}, memory") if "memory" in settings else None
     rate = parse_rate(settings["bandwidth"], f"{path}, bandwidth") if "bandwidth" in settings else None
     latency = parse_ns(settings["latency"], f"{path}, latency") if "latency" in settings else 0
-    return Topology.uniform(_count(path, settings, "devices"), latency_ns=latency, bytes_per_s=rate, kind=KIND,
-                            **({} if memory is None else {"memory_bytes": memory}))
+    own: dict[str, Any] = {} if memory is None else {"memory_bytes": memory}
+    return Topology.uniform(_count(path, settings, "devices"), latency_ns=latency, bytes_per_s=rate, kind=KIND, **own)
 
 
 def _count(path: Path, settings: Mapping[str, str], name: str) -> int:
