@@ -16,7 +16,6 @@ from mipipe.planner.teams.evaluate import evaluate_teams
 from mipipe.planner.teams.prices.degrees import Degrees
 from mipipe.planner.teams.prices.pieces import model_pieces
 from mipipe.planner.teams.prices.pricing import Pricer
-from mipipe.planner.teams.prices.resident import ADAM_BYTES, GRADIENT_BYTES
 
 TABLE = CONFIG["vocab_size"] * CONFIG["hidden_size"]
 
@@ -38,8 +37,8 @@ def test_every_rank_has_one_table(pricer, degrees, schedule, tables):
     found = evaluate_teams(pricer, degrees, 8 * degrees.copies, schedule=schedule)
     alone = pricer.model.parameters()
     numbers = 2 * alone if schedule == "dualpipe" else alone + (tables - 1) * TABLE
-    for name, size, divided in (("weights", 2, degrees.zero == 3), ("gradients", GRADIENT_BYTES, degrees.zero == 3),
-                                ("state", ADAM_BYTES, degrees.zero > 0)):
+    for name, size, divided in (("weights", 2, degrees.zero == 3), ("gradients", 4, degrees.zero == 3),
+                                ("state", 12, degrees.zero > 0)):
         total = sum(getattr(rank, name) for rank in found.memory) * (degrees.copies if divided else 1)
         assert total * degrees.tensor == pytest.approx(size * numbers, rel=0.005 if degrees.tensor > 1 else 1e-4), name
     bound = bound_of(pricer, degrees, 8 * degrees.copies, None)
@@ -52,7 +51,7 @@ def test_every_rank_has_one_table(pricer, degrees, schedule, tables):
 def test_two_tables_gradients_are_summed_at_the_end(pricer, degrees, schedule, apart):
     """Beside nothing, by the ranks that have the first and the last stage."""
     found = evaluate_teams(pricer, degrees, 6, schedule=schedule)
-    sums = collective_ns(pricer.machine.fabric, CollectiveKind.ALL_REDUCE, TABLE * GRADIENT_BYTES // degrees.tensor, 2,
+    sums = collective_ns(pricer.machine.fabric, CollectiveKind.ALL_REDUCE, TABLE * 4 // degrees.tensor, 2,
                          degrees.tensor) / 1e9
     ends = [0, len(found.stages) - 1]
     assert sums > 0
