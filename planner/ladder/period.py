@@ -25,7 +25,8 @@ from typing import ParamSpec, TypeVar
 import numpy as np
 
 from mipipe.graphs.errors import InfeasibleError
-from mipipe.planner.bounds.over_placements import Bound, facts_of, work_of
+from mipipe.planner.bounds.loads import work_of
+from mipipe.planner.bounds.over_placements import Bound, facts_of
 from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.jobs.rank_clocks import on_rank_clocks
 from mipipe.planner.jobs.stages import view

@@ -27,6 +27,16 @@ def knapsack(items: int, rows: int = 10, seed: int = 1) -> pyo.ConcreteModel:
     return model
 
 
+def test_the_optimum_of_a_row_that_ends_between_whole_numbers():
+    """HiGHS 1.14.0 calls 29 the optimum (ERGO-Code/HiGHS#2957); bounds from it may be above plans that exist."""
+    model = pyo.ConcreteModel()
+    model.a = pyo.Var(bounds=(0, 20), domain=pyo.Integers)
+    model.b = pyo.Var(bounds=(8, 20))
+    model.row = pyo.Constraint(expr=model.a + model.b >= 20.1)
+    model.goal = pyo.Objective(expr=model.a + 2 * model.b)
+    assert highs.solve(model, time_limit_s=5, seed=0).objective == pytest.approx(28.2)
+
+
 def test_optimal_values_land_on_the_variables():
     model = pyo.ConcreteModel()
     model.a = pyo.Var(bounds=(0, 10), domain=pyo.Integers)
