@@ -55,7 +55,8 @@ def test_bounds_of_groups_apart_hold_for_joined_ones() -> None:
 
 
 def test_the_exact_model_s_bound_is_not_one_where_a_stage_receives_once_what_its_groups_read() -> None:
-    groups = tuple(Group(f"g{n}", {"device": PhaseTimes(10, 10, 10)}, resident_bytes=6 + 2 * (n == 0)) for n in range(3))
+    groups = tuple(Group(f"g{n}", {"device": PhaseTimes(10, 10, 10)}, resident_bytes=8 if n == 0 else 6)
+                   for n in range(3))
     problem = PlanningProblem("shared", groups, (GroupEdge(0, (1, 2), 1000, 1000, "v"),), Topology.uniform(
         2, bytes_per_s=10**9, memory_bytes=13), 1)
     joined = at((0, 1, 1), ((0,), (1, 2)))
