@@ -167,7 +167,8 @@ def _ladder(run: Run) -> None:
         recomputing(run)
     if not run.candidates:
         raise InfeasibleError(why_infeasible(run.problem, run.options.placement,
-                                             lambda changed: has_plan(changed, run.options)))
+                                             lambda changed: has_plan(changed, run.options),
+                                             proven=placement_rungs.nothing_fits(run)))
     if run.best is not None:
         run.ablation.append({"rung": run.best.rung, "placement": run.best.placement.name, "before": None,
                              "makespan": run.makespan_ns / run.problem.unit_ns, "variables": None, "constraints": None,

@@ -39,7 +39,7 @@ from mipipe.planner.ladder.period_entry import (
     harvest_period,
     take_period,
 )
-from mipipe.planner.ladder.placement_rungs import by_mip
+from mipipe.planner.ladder.placement_rungs import by_mip, nothing_fits
 from mipipe.planner.ladder.repeating import RUNG as REPEATED
 from mipipe.planner.ladder.repeating import short_instance
 from mipipe.planner.ladder.state import Run
@@ -91,7 +91,8 @@ def climb(run: Run) -> None:
         entries = _with_room(run)
     if not entries:
         raise InfeasibleError(why_infeasible(run.problem, run.options.placement,
-                                             lambda changed: has_plan(changed, run.options)))
+                                             lambda changed: has_plan(changed, run.options),
+                                             proven=nothing_fits(run)))
     live = sorted(entries, key=lambda entry: entry.search.best.makespan_ns)[:KEPT]
     seconds, turn = SLICE_S, 0
     with ThreadPoolExecutor(max(2, run.options.threads)) as pool:

@@ -135,6 +135,15 @@ def free_bound(problem: PlanningProblem, *, time_limit_s: float, seed: int) -> t
     return bound_of(problem, outcome), outcome
 
 
+def fits_nowhere(problem: PlanningProblem, *, time_limit_s: float, seed: int) -> bool:
+    """Whether it is proven that no placement fits: what weights take on a device, and one microbatch's saved tensors.
+
+    With one replica of each unit, which says it for more as well: the route of any microbatch is such a placement.
+    """
+    model = build(problem, units_of(problem), max_replicas=1, contiguous=False, hop_weight=0.0)
+    return highs.solve(model, time_limit_s=time_limit_s, seed=seed, gap=1.0).infeasible
+
+
 def bound_of(problem: PlanningProblem, outcome: SolverOutcome) -> int | None:
     """The solver's bound less its tolerance, rounded up to a whole nanosecond as makespans are."""
     return None if outcome.bound is None else math.ceil((outcome.bound - 1e-5) * _scale(problem))
