@@ -6,7 +6,9 @@ import os
 import random
 import signal
 import threading
+import time
 
+import highspy
 import pyomo.environ as pyo
 import pytest
 
@@ -107,6 +109,24 @@ def test_ctrl_c_returns_the_incumbent():
     assert outcome.seconds < 30
     assert outcome.objective == pytest.approx(seen[-1]) == pytest.approx(pyo.value(model.goal))
     assert bounds and outcome.bound == bounds[-1] <= outcome.objective
+
+
+def test_no_interrupted_solve_returns_before_its_thread_has_ended(monkeypatch):
+    """Whoever used the model meanwhile, or ended the process, would pull it from under HiGHS."""
+    ended: list[bool] = []
+
+    class Lasting(highspy.Highs):
+        def run(self):
+            status = super().run()
+            time.sleep(0.3)
+            ended.append(True)
+            return status
+
+    monkeypatch.setattr(highs.highspy, "Highs", Lasting)
+    for delay in (0.2, 0.3):
+        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT)).start()
+    assert highs.solve(knapsack(200), time_limit_s=30, seed=0).termination is SolverStatus.INTERRUPTED
+    assert ended
 
 
 def test_a_start_is_taken_up():
