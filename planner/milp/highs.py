@@ -228,7 +228,7 @@ def _run(solver: highspy.Highs, on_incumbent: Callable[[float, np.ndarray], None
             ended.set()
 
     threading.Thread(target=work, daemon=True).start()
-    while not ended.is_set():  # no join: one that Ctrl-C interrupts takes a running thread for an ended one (Python 3.11)
+    while not ended.is_set():  # no join: interrupted, it takes a running thread for an ended one
         try:
             ended.wait()
         except KeyboardInterrupt:
