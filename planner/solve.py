@@ -35,6 +35,7 @@ from mipipe.planner.how import How
 from mipipe.planner.ladder import exactly, large, order_rungs, period, placement_rungs
 from mipipe.planner.ladder.activities import Indexing, Pacing, Polishing, Proving, Tightening
 from mipipe.planner.ladder.admission import admit_placement, enter, has_plan, recomputing, take
+from mipipe.planner.ladder.apart import Parting
 from mipipe.planner.ladder.harvest import ANNEALING
 from mipipe.planner.ladder.loop import Activity, loop
 from mipipe.planner.ladder.moving import Moving
@@ -223,6 +224,8 @@ def _activities(run: Run, tuning: large.Tuning | None) -> list[Activity]:
         steps |= {"pacing": Pacing(run).step, "proposing": Proposing(run, take).step, "proving": Proving(run).step,
                   "windows": Polishing(run).step}
         steps |= {f"{bound.name} bound": bound.step for bound in placement_rungs.bounding(run)}
+    if run.options.use_search:
+        steps["parting"] = Parting(run, take).step
     if tuning is not None:
         steps["quotas"] = tuning.step
     if run.options.use_search:
