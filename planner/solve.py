@@ -32,6 +32,7 @@ from mipipe.planner.interrupts import noting_ctrl_c
 from mipipe.planner.ladder import exactly, large, order_rungs, period, placement_rungs
 from mipipe.planner.ladder.activities import Indexing, Pacing, Polishing, Proving, Tightening
 from mipipe.planner.ladder.admission import admit_placement, enter, has_plan, recomputing, take
+from mipipe.planner.ladder.apart import Parting
 from mipipe.planner.ladder.harvest import ANNEALING
 from mipipe.planner.ladder.loop import Activity, loop
 from mipipe.planner.ladder.moving import Moving
@@ -127,7 +128,7 @@ def _solve(problem: PlanningProblem, options: PlanOptions,
             if options.exact:
                 exactly.climb(run, admit_placement)
             elif options.objective == "period":
-                period.climb(run)
+                period.climb(run, _for_makespan(run))
             else:
                 _ladder(run)
     except InfeasibleError as error:
@@ -141,6 +142,15 @@ def _solve(problem: PlanningProblem, options: PlanOptions,
     return result if options.objective == "makespan" else _with_period(run, result)
 
 
+def _for_makespan(run: Run) -> Plan | None:
+    """The plan for the makespan, from a share of the time: its own order may have the shortest period as well."""
+    found = plan(run.problem, replace(run.options, objective="makespan",
+                                      time_limit_s=SHARES.for_makespan * run.options.time_limit_s))
+    if found.termination is Termination.INTERRUPTED:
+        run.interrupted = True
+    return found.plan
+
+
 def _ladder(run: Run) -> None:
     """First plans by lists, then the loop: propose, order and prove until the proof or the limit."""
     run.raise_bound(problem_bound(run.problem))
@@ -149,7 +159,8 @@ def _ladder(run: Run) -> None:
         recomputing(run)
     if not run.candidates:
         raise InfeasibleError(why_infeasible(run.problem, run.options.placement,
-                                             lambda changed: has_plan(changed, run.options)))
+                                             lambda changed: has_plan(changed, run.options),
+                                             proven=placement_rungs.nothing_fits(run)))
     if run.best is not None:
         run.ablation.append({"rung": run.best.rung, "placement": run.best.placement.name, "before": None,
                              "makespan": run.makespan_ns / run.problem.unit_ns, "variables": None, "constraints": None,
@@ -195,6 +206,8 @@ def _activities(run: Run, tuning: large.Tuning | None) -> list[Activity]:
         steps |= {"pacing": Pacing(run).step, "proposing": Proposing(run, take).step, "proving": Proving(run).step,
                   "windows": Polishing(run).step}
         steps |= {f"{bound.name} bound": bound.step for bound in placement_rungs.bounding(run)}
+    if run.options.use_search:
+        steps["parting"] = Parting(run, take).step
     if tuning is not None:
         steps["quotas"] = tuning.step
     if run.options.use_search:

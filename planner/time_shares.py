@@ -29,6 +29,8 @@ class TimeShares:
     """The same where there are several candidates already: the most promising came first."""
     until_moded: float = 0.4
     """Modes are chosen once there is a plan."""
+    for_makespan: float = 0.25
+    """The plan for the makespan, which is one for the period to begin with."""
     until_listed: float = 0.3
     """Placements are scheduled by list for the shortest period."""
     until_repeated: float = 2 * until_listed

@@ -31,6 +31,7 @@ from fractions import Fraction
 from mipipe.planner import clock
 from mipipe.planner.actions import Stream
 from mipipe.planner.bounds.first_gradients import ChainUnit, chain_units, common_room, least_first_gradients
+from mipipe.planner.bounds.loads import forwards_of, least_of, work_of
 from mipipe.planner.jobs.memory import activation_room, resident_room
 from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.problem import Group, PlanningProblem
@@ -173,18 +174,16 @@ def _before_gradients(problem: PlanningProblem, facts: GroupTimes, members: list
     free, per_byte = 0, 0.0
     for g in members:
         group = problem.groups[g]
-        work = work_of(problem, group, facts.f[g])
-        if g not in held:
-            per_byte = max(per_byte, facts.f[g] / _saved(problem, g))
-        elif relief is None or not held[g] or group.loads:
-            free += work
+        rate, light = forwards_of(problem, group, facts.f[g])
+        per_byte = max(per_byte, rate)
+        if g not in held or relief is None or not held[g] or group.loads:
+            free += light
         else:
-            free += min(work, facts.f[g] * room // held[g] + 1)
+            free += min(light, facts.f[g] * room // held[g] + 1)
     filled = sum(work_of(problem, problem.groups[g], duration) for g in members
                  if not problem.groups[g].resident_bytes for duration in (facts.f[g], facts.i[g], facts.w[g]))
-    rounding = 1.001 if any(problem.groups[g].loads for g in members) else 1.0
     ratio = pair_gain(problem).ratio
-    forwards = int(ratio * (int(room * per_byte * rounding) + free + 1)) + 1
+    forwards = int(ratio * (int(room * per_byte) + free + 1)) + 1
     chains = []
     for solid in (False, True):
         units, hop = lightest_units(problem, facts, solid=solid)
@@ -201,9 +200,8 @@ def lightest_units(problem: PlanningProblem, facts: GroupTimes, *, solid: bool) 
     """(`chain_units` as fast as any microbatch passes them, nanoseconds of the cheapest hop between two); both take no
     time where pairs may hide all of it."""
     plain = pair_gain(problem).ratio == 1
-    light = [min(group.loads, default=1.0) if plain else 0.0 for group in problem.groups]
     hop = cheapest_hop(problem) if plain else 0
-    durations = [[int(value * load) for value, load in zip(column, light, strict=True)]
+    durations = [[least_of(group, value) if plain else 0 for value, group in zip(column, problem.groups, strict=True)]
                  for column in (facts.f, facts.i)]
     return chain_units(problem, durations=durations, heads=facts.head, gradient_heads=facts.gradient_head, hop=hop,
                        solid=solid), hop
@@ -225,11 +223,13 @@ def _relief(problem: PlanningProblem, facts: GroupTimes, held: dict[int, int]) -
     """
     returned = Fraction(0)
     for g, group in enumerate(problem.groups):
-        for size, spent in ((group.saved_fi_bytes, facts.i[g] or facts.w[g]), (_saved(problem, g),
-                                                                              facts.i[g] + facts.w[g])):
-            if size and (not spent or group.stream is not Stream.COMPUTE):
-                return None
-            returned = max(returned, Fraction(size, spent) if size else Fraction(0))
+        for load in set(group.loads) or {1}:
+            fi, fw, i, w = (round(amount * load) for amount in (group.saved_fi_bytes, group.saved_fw_bytes,
+                                                                facts.i[g], facts.w[g]))
+            for size, spent in ((fi, i or w), (fi + fw, i + w)):
+                if size and (not spent or group.stream is not Stream.COMPUTE):
+                    return None
+                returned = max(returned, Fraction(size, spent) if size else Fraction(0))
     relief = sum((returned * facts.f[g] / size for g, size in held.items() if size), Fraction(0)) * Fraction(1001, 1000)
     return relief if relief * problem.num_ranks <= 1 else None
 
@@ -240,8 +240,8 @@ def _held_before(problem: PlanningProblem, g: int) -> int:
     for edge in sorted(problem.edges, key=lambda edge: -edge.source):
         if any(target == g or target in before for target in edge.targets):
             before.add(edge.source)
-    return sum(int((problem.groups[p].saved_fi_bytes + problem.groups[p].saved_fw_bytes)
-                   * min(problem.groups[p].loads, default=1.0)) for p in before)
+    return sum(least_of(group, group.saved_fi_bytes) + least_of(group, group.saved_fw_bytes)
+               for group in (problem.groups[p] for p in before))
 
 
 def _spread(problem: PlanningProblem, heads: Sequence[tuple[int, int]]) -> int:
@@ -271,8 +271,8 @@ def facts_of(problem: PlanningProblem) -> GroupTimes:
         return min(getattr(group.times[kind], name) or 0 for kind in kinds)
 
     f, i, w = ([least(name, group) for group in problem.groups] for name in ("f_ns", "i_ns", "w_ns"))
-    scale = [min(group.loads, default=1.0) for group in problem.groups]
-    light = [[int(value * factor) for value, factor in zip(column, scale, strict=True)] for column in (f, i, w)]
+    light = [[least_of(group, value) for value, group in zip(column, problem.groups, strict=True)]
+             for column in (f, i, w)]
     hop = cheapest_hop(problem)
     device_bytes = max(resident_room(problem, rank) for rank in range(problem.num_ranks))
 
@@ -326,14 +326,9 @@ def _gradient_heads(problem: PlanningProblem, light: list[list[int]], forward: l
 
 
 def cheapest_hop(problem: PlanningProblem) -> int:
+    """No value or gradient of any microbatch moves to another device in less."""
     devices = range(problem.num_ranks)
-    size = min((edge.num_bytes for edge in problem.edges), default=0)
-    sizes = [size, *(edge.grad_bytes for edge in problem.edges if edge.grad_bytes is not None)]
-    return min((problem.topology.transfer_ns(a, b, min(sizes)) for a in devices for b in devices if a != b), default=0)
-
-
-def work_of(problem: PlanningProblem, group: Group, duration: int) -> int:
-    """Work of one phase of a group over all microbatches."""
-    if not group.loads:
-        return duration * problem.num_microbatches
-    return sum(round(duration * load) for load in group.loads)
+    sizes = [least_of(problem.groups[edge.source], size) for edge in problem.edges
+             for size in (edge.num_bytes, edge.grad_bytes) if size is not None]
+    least = min(sizes, default=0)
+    return min((problem.topology.transfer_ns(a, b, least) for a in devices for b in devices if a != b), default=0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from mipipe.planner.bounds.loads import least_of
 from mipipe.planner.bounds.over_placements import cheapest_hop
 from mipipe.planner.jobs.memory import resident_room
 from mipipe.planner.jobs.overlap import pair_gain
@@ -18,11 +19,13 @@ from mipipe.planner.problem import PlanningProblem
 @dataclass(frozen=True, slots=True)
 class Tails:
     """Per group, in nanoseconds: ``between`` the end of F and the start of its first gradient phase, ``after_f`` and
-    ``after_i`` from their ends to the end of the step. Where pairs may overlap nothing is said of ``between``."""
+    ``after_i`` from their ends to the end of the step. Where pairs may overlap nothing is said of ``between``.
+    ``held``: from the start of F to the start of the first gradient phase, the end of I, and the end of W."""
 
     between: list[int]
     after_f: list[int]
     after_i: list[int]
+    held: list[tuple[int, int, int]]
 
 
 def tails_of(problem: PlanningProblem) -> Tails:
@@ -60,15 +63,21 @@ def tails_of(problem: PlanningProblem) -> Tails:
             after_f[g] = max(after_f[g], there[g][0] + 2 * hops(there[g][1]) + own + rest + hops(held))
     gain = pair_gain(problem)
     plain = gain.ratio == 1
-    return Tails([length + 2 * hops(held) if plain else 0 for length, held in there],
+    between = [length + 2 * hops(held) for length, held in there]
+    stays = []
+    for g, rest in enumerate(between):
+        start = (f[g] or 0) + rest
+        done = start + (i[g] or 0)
+        stays.append((gain.shortened(start), gain.shortened(done), gain.shortened(done + (w[g] or 0))))
+    return Tails([rest if plain else 0 for rest in between],
                  [gain.shortened(path) for path in after_f],
-                 [gain.shortened(length + hops(held)) for length, held in behind])
+                 [gain.shortened(length + hops(held)) for length, held in behind], stays)
 
 
 def _least(problem: PlanningProblem, g: int, name: str) -> int | None:
     group = problem.groups[g]
     values = [getattr(group.times[device.kind], name) for device in problem.topology.devices]
-    return None if None in values else int(min(values) * min(group.loads, default=1.0))
+    return None if None in values else least_of(group, min(values))
 
 
 def _hops(problem: PlanningProblem) -> Callable[[int], int]:

@@ -154,7 +154,13 @@ def carries_bytes(view: StageView) -> bool:
 
 def searches_see_all(view: StageView) -> bool:
     """Whether what searches count is all that ranks hold: saved tensors, and the workspace of one action at a time. Not
-    where values in flight take memory, or a rank's two streams may run at once and each needs a workspace."""
+    where values in flight take memory, or a rank's two streams may run at once and each needs a workspace, or where the
+    collective stream saves tensors: nothing orders its actions and those of the compute stream that share the memory.
+    """
+    if any(stream is Stream.COLLECTIVE and any(map(any, (view.saved_fi[stage], view.saved_fw[stage],
+                                                         view.saved_iw[stage])))
+           for stage, stream in enumerate(view.streams)):
+        return False
     needing = [{rank for stage, route in enumerate(view.placement.routes)
                 if (view.workspace[stage] or view.forward_workspace[stage])
                 and (view.streams[stage] is Stream.COLLECTIVE) is collective for rank in route}

@@ -3,7 +3,8 @@
 It decides placement and order at once, with one replica of each group. A chain's list schedule is its horizon, and the
 plan where it finds none in time. The model leaves out values in flight: where these overfill a rank, it is solved again
 with that much less memory; the first solve's bound stays, so such a plan may be left with a gap. If the bound over all
-placements does not prove the plan, the time-indexed MIP bounds its own placement.
+placements does not prove the plan, the time-indexed MIP bounds its own placement. The model has every group a stage of
+its own: where joined stages may save bytes (`mipipe.planner.bounds.joined`) its bound is not taken.
 
 Refused, with the reason: more than `MOST_JOBS` jobs or `MOST_PRODUCTS` products of assignments, recomputation, a fixed
 shape, other objectives, and collectives that hold memory.
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mipipe.graphs.errors import InfeasibleError, InputError, ProblemError
+from mipipe.planner.bounds.joined import without_joint_bytes
 from mipipe.planner.bounds.over_placements import Bound, problem_bound
 from mipipe.planner.ladder.admission import RESERVES
 from mipipe.planner.ladder.candidate import Candidate, candidate, judge, offer_judged
@@ -98,14 +100,15 @@ def refuse(problem: PlanningProblem, options: PlanOptions) -> None:
 
 
 def _bound(run: Run, result: ExactResult) -> None:
-    """Take the model's bound over placements with one replica of each group.
+    """Take the model's bound over placements with one replica of each group, where joining groups saves no bytes.
 
     Raises:
         InfeasibleError: there is none that fits.
     """
     if result.outcome.termination is SolverStatus.INFEASIBLE and run.best is None:
         raise InfeasibleError("no placement with one replica of each group fits the memory in any order")
-    run.raise_bound(Bound(result.bound_ns, "exact MIP"))
+    if without_joint_bytes(run.problem) is run.problem:  # else joined stages may be shorter than all apart
+        run.raise_bound(Bound(result.bound_ns, "exact MIP"))
 
 
 def _take(run: Run, result: ExactResult) -> tuple[int, ...]:

@@ -10,9 +10,9 @@ that nothing starts before what it reads on these clocks either: lists, quotas a
 Long steps come from short ones as well: without a barrier a step of few microbatches may have next to no idle time, and
 repeating its middle (`mipipe.planner.search.repeat`) adds none.
 
-Placements are the known shapes; where none fits, HiGHS is asked for some, and takes no other part. Published schedules
-within the limits are starts, too. The bound is a device's work where it is shared out evenly; at the placement, the
-busiest rank's.
+Placements are the known shapes and that of a plan for the makespan, made first, whose own order is the first to compare
+with; where none fits, HiGHS is asked for some. Published schedules within the limits are starts, too. The bound is a
+device's work where it is shared out evenly; at the placement, the busiest rank's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from typing import ParamSpec, TypeVar
 import numpy as np
 
 from mipipe.graphs.errors import InfeasibleError
-from mipipe.planner.bounds.over_placements import Bound, facts_of, work_of
+from mipipe.planner.bounds.loads import work_of
+from mipipe.planner.bounds.over_placements import Bound, facts_of
 from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.jobs.rank_clocks import on_rank_clocks
 from mipipe.planner.jobs.stages import view
@@ -38,14 +39,14 @@ from mipipe.planner.ladder.period_entry import (
     harvest_period,
     take_period,
 )
-from mipipe.planner.ladder.placement_rungs import by_mip
+from mipipe.planner.ladder.placement_rungs import by_mip, nothing_fits
 from mipipe.planner.ladder.repeating import RUNG as REPEATED
 from mipipe.planner.ladder.repeating import short_instance
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlacementName
 from mipipe.planner.placements.feasible import why_infeasible
 from mipipe.planner.placements.shapes import propose_shapes, resident_fits
-from mipipe.planner.plan import Placement
+from mipipe.planner.plan import Placement, Plan
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.search import annealing, best_list, quotas
 from mipipe.planner.search.orders import Orders
@@ -68,16 +69,22 @@ SHORT = (5, 6, 4, 8)
 """Microbatches for every two ranks of the short steps whose middles are repeated, in turns."""
 
 
-def climb(run: Run) -> None:
+def climb(run: Run, known: Plan | None = None) -> None:
     """Search for the shortest period and make its plan the run's best; ``run.period_ns`` is what it takes.
+
+    ``known``: a plan for the makespan; no other is chosen that has a longer period.
 
     Raises:
         InfeasibleError: no list fits the memory of any placement.
     """
     run.period_bound_ns = period_bound(run.problem).ns
     entries: list[PeriodEntry] = []
+    if known is not None:
+        entry = enter_period(run, view(run.problem, known.placement), known.schedule, ("plan for the makespan",))
+        entries += [] if entry is None else [entry]
+    began = run.seconds
     for placement in _placements(run):
-        if run.past(SHARES.until_listed):
+        if run.seconds - began > SHARES.until_listed * run.options.time_limit_s or run.past(SHARES.until_repeated):
             break
         if resident_fits(run.problem, placement):
             entry = enter_period(run, view(run.problem, placement))
@@ -90,7 +97,8 @@ def climb(run: Run) -> None:
         entries = _with_room(run)
     if not entries:
         raise InfeasibleError(why_infeasible(run.problem, run.options.placement,
-                                             lambda changed: has_plan(changed, run.options)))
+                                             lambda changed: has_plan(changed, run.options),
+                                             proven=nothing_fits(run)))
     live = sorted(entries, key=lambda entry: entry.search.best.makespan_ns)[:KEPT]
     seconds, turn = SLICE_S, 0
     with ThreadPoolExecutor(max(2, run.options.threads)) as pool:

@@ -74,7 +74,7 @@ def enter_period(run: Run, stage_view: StageView, schedule: Schedule | None = No
 def enter_published(run: Run, entries: list[PeriodEntry]) -> None:
     """Published schedules within the limits: starts where they beat the lists of their placements."""
     for baseline in BASELINES:
-        if run.past(SHARES.until_listed):
+        if run.past(SHARES.until_repeated):
             return
         try:
             known = baseline.plan(run.problem, split=True)

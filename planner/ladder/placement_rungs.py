@@ -1,7 +1,6 @@
 """Placements of a problem's own beside the known shapes, and the bound over all: the placement MIP, and modes.
 
-- `by_mip`: where no known shape fits and the graph branches, or devices or links differ, the placement MIP's placements
-  (with one and with two replicas).
+- `by_mip`: where no known shape fits, the placement MIP's placements (with one and with two replicas).
 - `bounding`: bounds over all placements, in the loop: that MIP's, from what a single device can hold and do, and from
   devices that see their first gradients one after the other.
 - `with_modes`: where stages may recompute, the mode MIP chooses which, for the best placements under several memory
@@ -34,28 +33,15 @@ MODED = 4
 Admit = Callable[[Run, Placement], Candidate | None]
 
 
-def is_plain(problem: PlanningProblem) -> bool:
-    """Whether the known shapes say it all: a chain of groups that never run again, on equal devices and links."""
-    sources = [0] * len(problem.groups)
-    for edge in problem.edges:
-        for target in edge.targets:
-            sources[target] += 1
-    branched = max(sources) > 1 or any(len(set(edge.targets)) > 1 for edge in problem.edges)
-    devices = problem.topology.devices
-    alike = len({(device.kind, device.memory_bytes) for device in devices}) == 1 and not problem.topology.overrides
-    again = any(group.recompute_bytes is not None for group in problem.groups)
-    return not branched and alike and len({device.host for device in devices}) == 1 and not again
-
-
 def by_mip(run: Run, admit: Admit) -> None:
-    """Candidates from the placement MIP, where the known shapes gave none."""
-    problem = run.problem if run.options.recompute else without_recomputation(run.problem)
-    if problem.num_ranks < 2 or is_plain(problem):
+    """Candidates from the placement MIP, where the known shapes gave none: without recomputation, then with it."""
+    if run.problem.num_ranks < 2:
         return
-    for replicas, count in ((1, 3), (2, 2)):
+    given = [without_recomputation(run.problem), *([run.problem] if run.recomputes else [])]
+    for problem, replicas, count in ((problem, *asked) for asked in ((1, 3), (2, 2)) for problem in given):
         began = time.monotonic()
         for proposal in shares.propose_by_mip(problem, time_limit_s=SHARES.placement_mip * run.options.time_limit_s,
-                                                 seed=run.options.seed, count=count, max_replicas=replicas):
+                                              seed=run.options.seed, count=count, max_replicas=replicas):
             _enter(run, admit, proposal.placement, ("placement MIP",), began, proposal.outcome,
                    estimate=proposal.estimate_ns / run.problem.unit_ns)
 
@@ -110,6 +96,15 @@ def bounding(run: Run) -> list[Bounding]:
 
     return [Bounding(run, "placement MIP", by_placements), Bounding(run, "configuration MIP", by_configurations),
             Bounding(run, cells.NAME, by_cells)]
+
+
+def nothing_fits(run: Run) -> bool:
+    """Whether the placement MIP proves that no placement the options allow fits; False where a shape is asked for."""
+    if run.options.placement != "free" or not run.options.use_milp:
+        return False
+    problem = run.problem if run.options.recompute else without_recomputation(run.problem)
+    return shares.fits_nowhere(problem, time_limit_s=SHARES.placement_mip * run.options.time_limit_s,
+                               seed=run.options.seed)
 
 
 def with_modes(run: Run, admit: Admit, waiting: list[Placement]) -> None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from mipipe.graphs.errors import PlanError
 from mipipe.planner import clock
 from mipipe.planner.bounds.at_placement import Bound, placement_bound
+from mipipe.planner.bounds.joined import without_joint_bytes
 from mipipe.planner.bounds.over_placements import facts_of
 from mipipe.planner.jobs.memory import resident_room
 from mipipe.planner.jobs.stages import view
@@ -202,7 +203,8 @@ class Proposing:
         if proposal is None:
             proven = outcome.infeasible and pressure == 1.0 and single and not run.recomputes
             if proven:
-                least = min(placement_bound(view(problem, finest(problem, known))).ns for known in self.known)
+                light = without_joint_bytes(problem)
+                least = min(placement_bound(view(light, finest(light, known))).ns for known in self.known)
                 run.raise_bound(Bound(min(run.makespan_ns, least), "placement MIP: nothing else can be shorter"))
             return not proven
         self.known.append(proposal.placement)
@@ -225,7 +227,8 @@ class Proposing:
 
 
 def finest(problem: PlanningProblem, given: Placement) -> Placement:
-    """Every group a stage of its own, where it was: its bounds hold for all ways to join groups into stages."""
+    """Every group a stage of its own, where it was: of a problem `without_joint_bytes` its bounds hold for all ways to
+    join groups into stages."""
     where = {g: (stage, route) for stage, route in zip(given.stages, given.routes, strict=True) for g in stage.groups}
     stages = tuple(replace(where[g][0], groups=(g,)) for g in range(len(problem.groups)))
     return replace(given, stages=stages, routes=tuple(where[g][1] for g in range(len(problem.groups))))

@@ -219,11 +219,18 @@ def _run(solver: highspy.Highs, on_incumbent: Callable[[float, np.ndarray], None
 
     solver.cbMipInterrupt += watch
     solver.cbMipImprovingSolution += improve
-    thread = threading.Thread(target=solver.run, daemon=True)
-    thread.start()
-    while thread.is_alive():
+    ended = threading.Event()
+
+    def work() -> None:
         try:
-            thread.join()
+            solver.run()
+        finally:
+            ended.set()
+
+    threading.Thread(target=work, daemon=True).start()
+    while not ended.is_set():  # no join: interrupted, it takes a running thread for an ended one
+        try:
+            ended.wait()
         except KeyboardInterrupt:
             stop.set()
     seen.interrupted = stop.is_set()

@@ -7,6 +7,7 @@ of the cuts and float: every rank holds them, and each microbatch takes them whe
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -275,14 +276,19 @@ def earliest_end(problem: PlanningProblem, placement: Placement, heads: Sequence
 
     ``heads``: per group the earliest start of its first forward (`mipipe.planner.bounds.over_placements.facts_of`).
     """
-    work, ratio = loads(problem), float(pair_gain(problem).ratio)
+    ratio = float(pair_gain(problem).ratio)
     load = [0.0] * problem.num_ranks
     first: dict[int, int] = {}
     for stage, route in zip(placement.stages, placement.routes, strict=True):
         begin = min(heads[g] for g in stage.groups)
-        for rank in set(route):
-            again = sum(problem.groups[g].times[problem.topology.devices[rank].kind].f_ns for g in stage.groups)
-            each = sum(work[g][rank] for g in stage.groups) + (again if stage.recompute else 0)
-            load[rank] += ratio * route.count(rank) * each
+        groups = [problem.groups[g] for g in stage.groups if problem.groups[g].stream is Stream.COMPUTE]
+        for rank, count in Counter(route).items():
+            kind = problem.topology.devices[rank].kind
+            for group in groups:
+                times = group.times[kind]
+                phases = (times.f_ns, times.i_ns or 0, times.w_ns or 0, times.f_ns if stage.recompute else 0)
+                load[rank] += ratio * (sum(round(phase * size) for size, where in zip(group.loads, route, strict=True)
+                                           if where == rank for phase in phases)
+                                       if group.loads else count * sum(phases))
             first[rank] = min(first.get(rank, begin), begin)
     return max(load[rank] + begin for rank, begin in first.items())

@@ -88,10 +88,11 @@ def single_microbatch_bytes(instance: Instance) -> np.ndarray:
     return (total + extra).max(axis=1)
 
 
-def why_infeasible(problem: PlanningProblem, name: str, admits: Admits | None = None) -> str:
+def why_infeasible(problem: PlanningProblem, name: str, admits: Admits | None = None, *, proven: bool = False) -> str:
     """One line: the device, the bytes lacking, and what would do, at the allowed placement that lacks least.
 
-    ``admits``: plans a changed problem, so that a size can be promised; without it none is.
+    ``admits``: plans a changed problem, so that a size can be promised; without it none is. ``proven``: no placement
+    at all fits, of whatever shape; else the line speaks of those that were tried.
     """
     found: list[Shortage] = []
     offered = list(all_placements(problem, name))
@@ -113,9 +114,11 @@ def why_infeasible(problem: PlanningProblem, name: str, admits: Admits | None = 
     least = min(found, key=lambda item: item.lacking_bytes)
     device = problem.topology.devices[least.rank].name
     beside = f", and {format_bytes(least.beside_bytes)} beside them for activations" if least.beside_bytes else ""
+    at = (f"even at placement {least.placement}, which lacks least" if proven else
+          f"at placement {least.placement}, which lacks least of those tried")
     return (f"rank {least.rank} ({device}) has {format_bytes(least.room_bytes)} for {least.what} and needs"
-            f" {format_bytes(least.need_bytes)}{beside}: {least.lacking_bytes} bytes lack even at placement"
-            f" {least.placement}, which lacks least; {_remedy(problem, least, admits)}")
+            f" {format_bytes(least.need_bytes)}{beside}: {least.lacking_bytes} bytes lack {at};"
+            f" {_remedy(problem, least, admits)}")
 
 
 def _remedy(problem: PlanningProblem, least: Shortage, admits: Admits | None) -> str:

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from mipipe.graphs.topology import Topology
 from mipipe.planner.ladder import loop as loop_module
-from mipipe.planner.ladder.admission import admit_placement
+from mipipe.planner.ladder.admission import admit_placement, take
+from mipipe.planner.ladder.apart import Parting
 from mipipe.planner.ladder.candidate import candidate, judge
 from mipipe.planner.ladder.harvest import ANNEALING
 from mipipe.planner.ladder.inherit import inherit
@@ -21,6 +23,7 @@ from mipipe.planner.milp.placement.shares import propose_beyond
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.placements import counts
 from mipipe.planner.placements.shapes import propose_shapes
+from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem
 from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.solve import Termination, plan
 
@@ -169,3 +172,21 @@ def test_a_placement_inherits_the_order_of_one_like_it() -> None:
     other = candidate(problem, counts.placement_of(problem, chain, turned))
     assert inherit(run, other) and other.best is not None and other.best.fits
     assert judge(other.view, other.best.schedule).makespan_ns == other.makespan_ns >= other.bound.ns
+
+
+def test_of_few_groups_placements_are_looked_at_with_groups_apart() -> None:
+    """Two copies side by side: the gradients of the last group are reduced while the first still works, 10 ns each."""
+    times = ((9, 5, 7), (6, 7, 7), (1, 8, 3))
+    groups = tuple(Group(f"g{n}", {"d": PhaseTimes(*of)}, gradient_bytes=10) for n, of in enumerate(times))
+    problem = PlanningProblem("apart", groups, tuple(GroupEdge(n, (n + 1,), 0, 0, f"v{n}") for n in range(2)),
+                              Topology.uniform(2, bytes_per_s=10**9, kind="d"), 2)
+    run = Run(problem, PlanOptions(time_limit_s=60))
+    assert admit_placement(run, next(iter(propose_shapes(problem, "twin-chain")))) is not None
+    parting = Parting(run, take)
+    while parting.step(1.0):
+        pass
+    assert [len(found.placement.stages) for found in run.candidates] == [1, 3]
+    assert run.candidates[1].proposer[-1] == "groups apart" and run.best is run.candidates[1]
+    assert run.makespan_ns < run.candidates[0].makespan_ns == 53 + 30
+    many = Run(problem.replace(num_microbatches=300), PlanOptions(time_limit_s=60))
+    assert not Parting(many, take).step(1.0)

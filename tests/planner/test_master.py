@@ -114,3 +114,10 @@ def test_shapes_are_placements_of_the_master() -> None:
 def test_what_is_no_chain_of_equal_devices_has_no_counts() -> None:
     assert counts.chain_of(two_stream_problem(ranks=2, microbatches=2)) is None
     assert counts.chain_of(small(), copies=3) is None
+
+
+def test_a_device_may_have_no_position_that_is_allowed() -> None:
+    chain = counts.chain_of(small())
+    assert chain is not None and chain.devices == 2
+    found, _ = master.propose(chain, 2, time_limit_s=5, seed=0, allowed=[(0,), (0,)])
+    assert found is None or set(found.cut.devices) == {0}

@@ -23,6 +23,7 @@ from mipipe.planner.jobs.job_shop import job_shop, peak_memory
 from mipipe.planner.jobs.memory import peaks, workspace
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.jobs.times import evaluate
+from mipipe.planner.ladder.candidate import judge
 from mipipe.planner.milp.order.exact_parts import sketch
 from mipipe.planner.plan import Placement, Plan, Stage
 from mipipe.planner.problem import Group, GroupEdge, Limits, PhaseTimes, PlanningProblem
@@ -148,3 +149,36 @@ def test_bounds_hold_where_f_runs_again_even_if_that_saves_nothing(seed: int) ->
             tight = problem.replace(limits=Limits(activation_bytes=max(found.peak_bytes)))
             check_plan(dataclasses.replace(plan, problem=tight))
             assert placement_bound(view(tight, placement)).ns <= found.makespan_ns
+
+
+def both_streams(random: Random) -> tuple[PlanningProblem, Placement]:
+    """Compute and collective groups in turn that all save bytes, on one or two ranks, with room for little more than
+    one microbatch."""
+    count, ranks, microbatches = random.choice([2, 3, 4]), random.choice([1, 2]), random.choice([2, 3, 4])
+    groups = tuple(Group(
+        f"g{n}", {"d": PhaseTimes(*(random.randint(1, 9) for _ in range(2)), None if n % 2 else random.randint(1, 9))},
+        stream=Stream.COLLECTIVE if n % 2 else Stream.COMPUTE, saved_fi_bytes=random.randint(0, 9),
+        saved_fw_bytes=random.randint(0, 9), saved_iw_bytes=random.randint(0, 3)) for n in range(count))
+    saved = sum(group.saved_fi_bytes + group.saved_fw_bytes + group.saved_iw_bytes for group in groups)
+    problem = PlanningProblem("both streams", groups, tuple(GroupEdge(n, (n + 1,)) for n in range(count - 1)),
+                              Topology.uniform(ranks, kind="d"), microbatches,
+                              limits=Limits(activation_bytes=max(1, round(saved * random.choice([1.0, 1.3, 1.8])))))
+    where = [random.randrange(ranks) for _ in groups]
+    return problem, Placement(tuple(Stage((n,), (rank,)) for n, rank in enumerate(where)),
+                              tuple((rank,) * microbatches for rank in where))
+
+
+def test_what_a_search_calls_fitting_fits_on_two_streams() -> None:
+    """The judgement that trusts the search, and the one that simulates the memory, say the same of its orders."""
+    looked, over = 0, 0
+    for seed in range(150):
+        problem, placement = both_streams(Random(seed))
+        stages = view(problem, placement)
+        orders = schedule(build(stages), RULES[seed % len(RULES)])
+        if orders is None:
+            continue
+        made = with_mirrors(build(stages), orders.lists())
+        looked += 1
+        over += not judge(stages, made).fits
+        assert judge(stages, made, saved_fit=True).fits == judge(stages, made).fits, seed
+    assert looked > 60 and over > 0

@@ -6,7 +6,9 @@ import os
 import random
 import signal
 import threading
+import time
 
+import highspy
 import pyomo.environ as pyo
 import pytest
 
@@ -25,6 +27,16 @@ def knapsack(items: int, rows: int = 10, seed: int = 1) -> pyo.ConcreteModel:
         model.rows.add(sum(weight[i] * model.x[i] for i in range(items)) <= sum(weight) / 2)
     model.goal = pyo.Objective(expr=-sum(rng.randint(1000, 100_000) * model.x[i] for i in range(items)))
     return model
+
+
+def test_the_optimum_of_a_row_that_ends_between_whole_numbers():
+    """HiGHS 1.14.0 calls 29 the optimum (ERGO-Code/HiGHS#2957); bounds from it may be above plans that exist."""
+    model = pyo.ConcreteModel()
+    model.a = pyo.Var(bounds=(0, 20), domain=pyo.Integers)
+    model.b = pyo.Var(bounds=(8, 20))
+    model.row = pyo.Constraint(expr=model.a + model.b >= 20.1)
+    model.goal = pyo.Objective(expr=model.a + 2 * model.b)
+    assert highs.solve(model, time_limit_s=5, seed=0).objective == pytest.approx(28.2)
 
 
 def test_optimal_values_land_on_the_variables():
@@ -97,6 +109,24 @@ def test_ctrl_c_returns_the_incumbent():
     assert outcome.seconds < 30
     assert outcome.objective == pytest.approx(seen[-1]) == pytest.approx(pyo.value(model.goal))
     assert bounds and outcome.bound == bounds[-1] <= outcome.objective
+
+
+def test_no_interrupted_solve_returns_before_its_thread_has_ended(monkeypatch):
+    """Whoever used the model meanwhile, or ended the process, would pull it from under HiGHS."""
+    ended: list[bool] = []
+
+    class Lasting(highspy.Highs):
+        def run(self):
+            status = super().run()
+            time.sleep(0.3)
+            ended.append(True)
+            return status
+
+    monkeypatch.setattr(highs.highspy, "Highs", Lasting)
+    for delay in (0.2, 0.3):
+        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT)).start()
+    assert highs.solve(knapsack(200), time_limit_s=30, seed=0).termination is SolverStatus.INTERRUPTED
+    assert ended
 
 
 def test_a_start_is_taken_up():

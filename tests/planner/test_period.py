@@ -16,7 +16,7 @@ from mipipe.planner.jobs.arrays import build, with_mirrors
 from mipipe.planner.jobs.rank_clocks import offsets, on_rank_clocks
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.jobs.times import evaluate
-from mipipe.planner.ladder.period import _job, _repeat, period_bound
+from mipipe.planner.ladder.period import _job, _repeat, climb, period_bound
 from mipipe.planner.ladder.period_entry import enter_period, orders_of_schedule
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlanOptions
@@ -160,3 +160,16 @@ def test_reductions_of_replicas_end_a_rank_s_step() -> None:
     reduction = view(reduced, placement).reduce_ns(0)
     assert reduction > 0
     assert period_of(Plan("copies", reduced, placement, Schedule(orders))) == 12 * problem.unit_ns + reduction
+
+
+def test_no_period_is_longer_than_that_of_the_makespan_plan_s_own_order() -> None:
+    """A plan that lists at the known shapes do not reach is the first to compare with."""
+    problem = uniform_problem(ranks=4, microbatches=8, f=10, i=12, w=8, comm=3, layers=8, activations=4, copies=2)
+    known = _named("ZB-V", problem)
+    options = PlanOptions(time_limit_s=5.0, objective="period", placement="chain", use_search=False,
+                          use_baselines=False)
+    alone, run = Run(problem, options), Run(problem, options)
+    climb(alone)
+    climb(run, known)
+    assert run.period_ns <= period_of(known) < alone.period_ns
+    assert run.best is not None and run.best.proposer == ("plan for the makespan",)

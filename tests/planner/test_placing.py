@@ -39,7 +39,6 @@ def _two_kinds() -> PlanningProblem:
 
 def test_the_mip_gives_the_fast_device_twice_the_work_and_bounds_the_step() -> None:
     problem = _two_kinds()
-    assert not placing.is_plain(problem) and placing.is_plain(uniform_problem(ranks=2, microbatches=2, f=1, i=1, w=1))
     best = placement.propose_by_mip(problem, time_limit_s=2.0, seed=0, count=1)[0].placement
     held = {rank: sum(len(stage.groups) for stage in best.stages if stage.ranks == (rank,)) for rank in (0, 1)}
     assert held == {0: 4, 1: 2}
@@ -192,3 +191,35 @@ def test_fewer_microbatches_than_devices_that_share_them_are_dealt_all_the_same(
     assert deal([0.25] * 4, 1, None) == (0,)
     assert deal([0.3, 0.4, 0.3], 1, [2]) == (1,)
     assert sorted(deal([0.2] * 5, 2, None)) == [0, 1]
+
+
+def _tight(copies: str, activations: str, last: str, layers: int) -> PlanningProblem:
+    return uniform_problem(ranks=4, microbatches=8, f=1, i=1, w=1, layers=layers, last=last, copies=copies,
+                           activations=activations)
+
+
+@pytest.mark.parametrize(("copies", "activations", "last", "layers"), [("2", "1.5", "1", 4), ("2", "1", "2", 8)])
+def test_plain_chains_whose_even_cuts_do_not_fit_are_placed_by_the_mip(copies: str, activations: str, last: str,
+                                                                      layers: int) -> None:
+    """Even cuts put too many activations on one device; what fits with one copy fits with room for two."""
+    result = plan(_tight(copies, activations, last, layers), PlanOptions(time_limit_s=4.0, threads=1))
+    assert result.plan is not None and result.termination is not Termination.INFEASIBLE
+
+
+def test_weights_that_no_run_of_groups_packs() -> None:
+    """Weights of 6, 5, 4 and 5 bytes on two devices of 10: the first goes with the third."""
+    groups = tuple(Group(f"g{n}", {"d": PhaseTimes(3, 3, 3)}, resident_bytes=size)
+                   for n, size in enumerate((6, 5, 4, 5)))
+    problem = PlanningProblem("packed", groups, tuple(GroupEdge(n, (n + 1,), 0, 0, f"v{n}") for n in range(3)),
+                              Topology.uniform(2, kind="d", memory_bytes=10), 2)
+    result = plan(problem, PlanOptions(time_limit_s=4.0, threads=1))
+    assert result.plan is not None
+    full = problem.replace(groups=tuple(replace(group, resident_bytes=6) for group in groups))
+    result = plan(full, PlanOptions(time_limit_s=4.0, threads=1))
+    assert result.termination is Termination.INFEASIBLE and "lack even at placement" in result.reason
+
+
+def test_a_verdict_without_a_proof_speaks_of_what_was_tried() -> None:
+    """Of a shape that is asked for only its own cuts are looked at."""
+    result = plan(_tight("2", "1.5", "1", 4), PlanOptions(time_limit_s=4.0, placement="chain"))
+    assert result.plan is None and "lacks least of those tried" in result.reason

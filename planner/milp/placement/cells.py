@@ -269,7 +269,7 @@ def _model(problem: PlanningProblem, bins: Sequence[Bin], b: int, moment: int, l
                 model.x[0, j].setub(0)
         return model
     model.x[0, b].setlb(1)
-    loads = next((part.group.loads for part in bins[b].parts if part.group.loads), None)
-    one_microbatch = 1 / problem.num_microbatches if loads is None else min(loads) / sum(loads)
+    loads = bins[b].parts[0].group.loads
+    one_microbatch = min(loads) / (sum(loads) or 1.0) if loads else 1 / problem.num_microbatches
     model.n[0, b].setlb(0.999 * one_microbatch)
     return model

@@ -11,6 +11,8 @@ between of what C leaves:
     bytes of F without I and of I without W <= capacity                at every window's end; bytes x time <= C capacity
     sum_k v[b,g,phase,k] = M n[b],  n <= x,  n = x where no replica fits,  sum_b resident[b] x[b] <= resident room
 
+v and n count microbatches of the mean load, n by the loads of a unit's first group; of groups with other loads no more
+than M x run.
 Left out: channels, values in flight, and workspace.
 """
 
@@ -25,7 +27,8 @@ from itertools import pairwise
 from mipipe.planner import clock
 from mipipe.planner.actions import Stream
 from mipipe.planner.bounds.first_gradients import colocated, common_room
-from mipipe.planner.bounds.over_placements import facts_of, work_of
+from mipipe.planner.bounds.loads import at_mean_load, least_of, work_of
+from mipipe.planner.bounds.over_placements import facts_of
 from mipipe.planner.bounds.tails import tails_of
 from mipipe.planner.jobs.memory import activation_room, resident_room
 from mipipe.planner.jobs.overlap import pair_gain
@@ -85,8 +88,7 @@ def bins_of(problem: PlanningProblem) -> list[Bin]:
         parts = []
         for members in zip(*units, strict=True):
             group = problem.groups[members[0]]
-            light = min(group.loads, default=1.0)
-            f, i = (int(column[members[0]] * light) for column in (facts.f, facts.i))
+            f, i = (least_of(group, column[members[0]]) for column in (facts.f, facts.i))
             back = min(facts.gradient_head[g] or 0 for g in members)
             release = min(facts.head[g] for g in members), back, back + i if plain else back
             tail = min(tails.after_f[g] for g in members), min(tails.after_i[g] for g in members), 0
@@ -102,18 +104,13 @@ def bins_of(problem: PlanningProblem) -> list[Bin]:
 def _held(group: Group) -> tuple[float, float]:
     """Bytes of a microbatch from F to the end of I, and from there to the end of W; a phase may be missing."""
     phases = next(iter(group.times.values()))
-    later = _scaled(group.saved_fw_bytes + group.saved_iw_bytes, group)
-    saved = group.saved_fi_bytes + group.saved_fw_bytes
+    later = at_mean_load(group, group.saved_fw_bytes) + at_mean_load(group, group.saved_iw_bytes)
+    saved = at_mean_load(group, group.saved_fi_bytes) + at_mean_load(group, group.saved_fw_bytes)
     if group.recompute_bytes is not None:
-        saved = min(saved, group.recompute_bytes)
+        saved = min(saved, at_mean_load(group, group.recompute_bytes))
     if phases.i_ns is None and phases.w_ns is None:
         return 0.0, 0.0
-    return _scaled(saved, group), later if phases.i_ns is not None and phases.w_ns is not None else 0.0
-
-
-def _scaled(amount: int, group: Group) -> float:
-    """The least an amount is per unit of load: loads are multiplied out and rounded for each microbatch."""
-    return min((int(amount * load) / load for load in group.loads if load > 0), default=float(amount))
+    return saved, later if phases.i_ns is not None and phases.w_ns is not None else 0.0
 
 
 def devices_model(problem: PlanningProblem, bins: Sequence[Bin], least_ns: int,
@@ -231,7 +228,7 @@ def _streams(model: pyo.ConcreteModel, problem: PlanningProblem, bins: Sequence[
                 if key[0] == q and key[4] == k and part.group.stream is stream:
                     times = part.group.times[kind]
                     duration = (times.f_ns, times.i_ns or 0, times.w_ns or 0)[key[3]]
-                    if share := ratio * _scaled(duration, part.group) / unit:
+                    if share := ratio * at_mean_load(part.group, duration) / unit:
                         flows.append((part, key[3], share * model.v[key]))
                         of_bin[key[1]].append(flows[-1][2])
             if not flows:
@@ -257,14 +254,15 @@ def _order(model: pyo.ConcreteModel, problem: PlanningProblem, bins: Sequence[Bi
     for b, one in enumerate(bins):
         for p, part in enumerate(one.parts):
             loads = part.group.loads
-            count = sum(loads) if loads else problem.num_microbatches
+            count = problem.num_microbatches
             phases = _phases(part)
-            for phase in phases:
-                model.rows.add(_done(model, q, b, p, phase, windows.count - 1) == count * model.n[q, b])
+            counted = one.whole or loads == one.parts[0].group.loads
+            for phase in phases:  # of a device's share of the microbatches other loads have another part
+                done = _done(model, q, b, p, phase, windows.count - 1)
+                model.rows.add(done == count * model.n[q, b] if counted else done <= count * model.x[q, b])
             for first, second in pairwise(phases):
                 times = part.group.times.values()
-                light = min(loads, default=1.0)
-                shorter = min(int(min((t.f_ns, t.i_ns or 0, t.w_ns or 0)[phase] for t in times) * light)
+                shorter = min(least_of(part.group, min((t.f_ns, t.i_ns or 0, t.w_ns or 0)[phase] for t in times))
                               for phase in (first, second))
                 lag = 0 if not plain else part.lag if (first, second) == (0, 1) else shorter if first else 0
                 for k in range(windows.count - 1):

@@ -154,6 +154,8 @@ def _device_rows(model: pyo.ConcreteModel, chain: Chain, positions: int, scale: 
     price = min(((run.i + run.w) / run.saved for run in saved), default=0.0)
     for d in ds:
         model.rows.add(model.e[d] <= model.C)
+        if not held_by[d]:  # no position is allowed there: the device does nothing
+            continue
         load = count / scale * (on("f", d) + on("i", d) + on("w", d)) + model.s[d]
         chosen = _at_some_position(model, moments, d, held_by[d], big)
         model.rows.add(model.e[d] >= chosen["first"] + load)

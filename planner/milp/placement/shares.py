@@ -31,13 +31,13 @@ from itertools import pairwise
 
 from mipipe.planner import clock
 from mipipe.planner.actions import Stream
-from mipipe.planner.bounds.over_placements import work_of
+from mipipe.planner.bounds.loads import work_of
 from mipipe.planner.jobs.memory import resident_room
 from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.milp import highs, pyo
 from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
 from mipipe.planner.milp.placement.routes import to_placement, to_shares
-from mipipe.planner.milp.placement.units import Units, forwards_per_byte, light_forwards, units_of
+from mipipe.planner.milp.placement.units import Units, forwards_per_byte, units_of
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
 
@@ -75,7 +75,7 @@ def propose_by_mip(problem: PlanningProblem, *, time_limit_s: float, seed: int, 
         contiguous: devices hold consecutive pieces, in device order (one replica each).
         start: a placement with at most ``max_replicas`` replicas, from which every solve starts.
     """
-    units = units_of(problem)
+    units = units_of(problem, shared=max_replicas > 1)
     found: list[ShareProposal] = []
     lasting = LASTING if any(kept is not None for kept in units.kept) else 1.0
     began = time.monotonic()
@@ -104,7 +104,7 @@ def propose_beyond(problem: PlanningProblem, known: Sequence[Placement], *, hop_
     With ``pressure = 1`` an outcome that is `infeasible` proves that a placement with so few replicas and a makespan
     below the cutoff holds every unit where a known one does.
     """
-    units = units_of(problem)
+    units = units_of(problem, shared=max_replicas > 1)
     model = build(problem, units, max_replicas=max_replicas, contiguous=False, hop_weight=hop_weight, pressure=pressure)
     for other in known:
         shares = to_shares(problem, units.groups, other)
@@ -129,10 +129,19 @@ def _proposal(model: pyo.ConcreteModel, problem: PlanningProblem, units: Units, 
 
 def free_bound(problem: PlanningProblem, *, time_limit_s: float, seed: int) -> tuple[int | None, SolverOutcome]:
     """A bound on the makespan over all placements, with any number of replicas."""
-    units = units_of(problem)
+    units = units_of(problem, shared=problem.num_ranks > 1)
     model = build(problem, units, max_replicas=problem.num_ranks, contiguous=False, hop_weight=0.0)
     outcome = highs.solve(model, time_limit_s=time_limit_s, seed=seed, gap=1e-4)
     return bound_of(problem, outcome), outcome
+
+
+def fits_nowhere(problem: PlanningProblem, *, time_limit_s: float, seed: int) -> bool:
+    """Whether it is proven that no placement fits: what weights take on a device, and one microbatch's saved tensors.
+
+    With one replica of each unit, which says it for more as well: the route of any microbatch is such a placement.
+    """
+    model = build(problem, units_of(problem), max_replicas=1, contiguous=False, hop_weight=0.0)
+    return highs.solve(model, time_limit_s=time_limit_s, seed=seed, gap=1.0).infeasible
 
 
 def bound_of(problem: PlanningProblem, outcome: SolverOutcome) -> int | None:
@@ -254,7 +263,7 @@ def device_rows(model: pyo.ConcreteModel, problem: PlanningProblem, units: Units
             back = sum((units.gradient[u] or 0) / scale * model.back[u, d] for u in members)
             load = sum(ratio * units.work[Stream.COMPUTE][u][d] / scale * n[u, d] for u in members)
             # what saves nothing may run its forwards while the device waits
-            light = sum(ratio * light_forwards(problem, units.groups[u]) / scale * n[u, d] for u in members)
+            light = sum(ratio * units.light[u] / scale * n[u, d] for u in members)
             model.rows.add(model.makespan >= load + back - ratio * room * rate / scale - light)
 
 

@@ -6,12 +6,15 @@ the model uses each figure.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mipipe.planner.actions import Stream
 from mipipe.planner.bounds.first_gradients import colocated
-from mipipe.planner.bounds.over_placements import GroupTimes, facts_of, work_of
+from mipipe.planner.bounds.loads import forwards_of, least_of, part_of, work_of
+from mipipe.planner.bounds.over_placements import GroupTimes, facts_of
+from mipipe.planner.bounds.tails import Tails, tails_of
 from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.problem import Group, PlanningProblem
 
@@ -20,8 +23,9 @@ from mipipe.planner.problem import Group, PlanningProblem
 class Units:
     """Per unit: its groups, the work of a step [stream][unit][device], bytes, heads and returns in nanoseconds.
 
-    ``kept`` and ``kept_area`` are what stays of ``saved`` and ``area`` where F runs again (None: it may not), ``again``
-    the time that takes.
+    ``saved`` counts what is held at once (`held_together`), ``area`` everything. ``kept`` and ``kept_area`` are what
+    stays of the two where F runs again (None: it may not), ``again`` the time that takes; ``light`` that of forwards
+    that save nothing.
     """
 
     groups: list[list[int]]
@@ -32,44 +36,77 @@ class Units:
     area: list[int]
     kept_area: list[int]
     again: list[int]
+    light: list[int]
     head: list[int]
     gradient: list[int | None]
 
 
-def units_of(problem: PlanningProblem) -> Units:
-    """Colocated sets as units, in topological order of their first groups."""
-    facts = facts_of(problem)
+def units_of(problem: PlanningProblem, *, shared: bool = False) -> Units:
+    """Colocated sets as units, in topological order of their first groups; ``shared``: devices may share the
+    microbatches of a unit, and amounts are what a share of them has at the least (`loads.part_of`)."""
+    facts, tails, together = facts_of(problem), tails_of(problem), held_together(problem)
     groups = colocated(problem)
+    unit_of = {g: unit for unit in groups for g in unit}
     kinds = [device.kind for device in problem.topology.devices]
-    work = {stream: [[sum(_work(problem, problem.groups[g], kind)
-                          for g in unit if problem.groups[g].stream is stream) for kind in kinds] for unit in groups]
-            for stream in (Stream.COMPUTE, Stream.COLLECTIVE)}
-    gradient = [min((head for g in unit if (head := facts.gradient_head[g]) is not None), default=None)
-                for unit in groups]
-    return Units(groups, work, [sum(problem.groups[g].resident_bytes for g in unit) for unit in groups],
-                 [sum(_saved(problem, g) for g in unit) for unit in groups],
-                 [sum(_kept(problem, g) for g in unit) if _may_recompute(problem, unit) else None for unit in groups],
-                 [sum(_area(problem, facts, g) for g in unit) for unit in groups],
-                 [sum(_kept_area(problem, facts, g) for g in unit) for unit in groups],
-                 [sum(work_of(problem, problem.groups[g], facts.f[g]) for g in unit) for unit in groups],
-                 [min(facts.head[g] for g in unit) for unit in groups], gradient)
+
+    def total(g: int, amount: int) -> int:
+        if not shared:
+            return work_of(problem, problem.groups[g], amount)
+        return part_of(problem, [problem.groups[other] for other in unit_of[g]], problem.groups[g], amount)
+
+    def work(g: int, kind: str) -> int:
+        times = problem.groups[g].times[kind]
+        return sum(total(g, phase or 0) for phase in (times.f_ns, times.i_ns, times.w_ns))
+
+    area = [0 if facts.gradient_head[g] is None else _area(group, total, tails, g)
+            for g, group in enumerate(problem.groups)]
+    kept_area = [min(area[g], _kept_area(problem, total, tails, facts, g)) for g in range(len(problem.groups))]
+    return Units(
+        groups=groups,
+        work={stream: [[sum(work(g, kind) for g in unit if problem.groups[g].stream is stream) for kind in kinds]
+                       for unit in groups] for stream in (Stream.COMPUTE, Stream.COLLECTIVE)},
+        resident=[sum(problem.groups[g].resident_bytes for g in unit) for unit in groups],
+        saved=[sum(_saved(problem, g) for g in unit if g in together) for unit in groups],
+        kept=[sum(_kept(problem, g) for g in unit if g in together) if _may_recompute(problem, unit) else None
+              for unit in groups],
+        area=[sum(area[g] for g in unit) for unit in groups],
+        kept_area=[sum(kept_area[g] for g in unit) for unit in groups],
+        again=[sum(total(g, facts.f[g]) for g in unit) for unit in groups],
+        light=[sum(_light(problem, g, shared) for g in unit) for unit in groups],
+        head=[min(facts.head[g] for g in unit) for unit in groups],
+        gradient=[min((head for g in unit if (head := facts.gradient_head[g]) is not None), default=None)
+                  for unit in groups])
 
 
-def _work(problem: PlanningProblem, group: Group, kind: str) -> int:
-    """Work of all phases of a group on a kind of device; loads are multiplied out and rounded for each phase."""
-    times = group.times[kind]
-    return sum(work_of(problem, group, phase or 0) for phase in (times.f_ns, times.i_ns, times.w_ns))
+def held_together(problem: PlanningProblem) -> set[int]:
+    """Groups whose saved bytes of one microbatch are all held at one moment in every schedule: a last group, and those
+    whose gradients wait for its own. Of several last groups the one with the most bytes behind it."""
+    readers: list[list[int]] = [[] for _ in problem.groups]  # those whose input gradients a group waits for
+    for edge in problem.edges:
+        if edge.grad_bytes is not None:
+            readers[edge.source] += [target for target in edge.targets
+                                     if all(times.i_ns is not None for times in problem.groups[target].times.values())]
+    best: set[int] = set()
+    for last in range(len(problem.groups)):
+        held = {last} if not readers[last] and _has_gradient(problem.groups[last]) else set()
+        for g in reversed(range(last)):
+            if not held.isdisjoint(readers[g]) and _has_gradient(problem.groups[g]):
+                held.add(g)
+        best = max(best, held, key=lambda groups: sum(_saved(problem, g) for g in groups))
+    return best
+
+
+def _has_gradient(group: Group) -> bool:
+    return all(times.i_ns is not None or times.w_ns is not None for times in group.times.values())
 
 
 def _saved(problem: PlanningProblem, g: int) -> int:
     group = problem.groups[g]
-    return int((group.saved_fi_bytes + group.saved_fw_bytes) * min(group.loads, default=1.0))
+    return least_of(group, group.saved_fi_bytes) + least_of(group, group.saved_fw_bytes)
 
 
 def _kept(problem: PlanningProblem, g: int) -> int:
-    group = problem.groups[g]
-    return int(min(group.saved_fi_bytes + group.saved_fw_bytes, group.recompute_bytes or 0)
-               * min(group.loads, default=1.0))
+    return min(_saved(problem, g), least_of(problem.groups[g], problem.groups[g].recompute_bytes or 0))
 
 
 def _may_recompute(problem: PlanningProblem, unit: Sequence[int]) -> bool:
@@ -79,35 +116,20 @@ def _may_recompute(problem: PlanningProblem, unit: Sequence[int]) -> bool:
             and sum(_kept(problem, g) for g in unit) < sum(_saved(problem, g) for g in unit))
 
 
-def _area(problem: PlanningProblem, facts: GroupTimes, g: int) -> int:
+def _area(group: Group, total: Callable[[int, int], int], tails: Tails, g: int) -> int:
     """Bytes x time of one step's activations of a group: from F's start to the end of I and of W."""
-    group, back = problem.groups[g], facts.gradient_head[g]
-    if back is None:
-        return 0
-    light, gain = min(group.loads, default=1.0), pair_gain(problem)
-    until_i = back + int(light * facts.i[g]) - facts.head[g]
-    sizes = (group.saved_fi_bytes * gain.shortened(until_i)
-             + group.saved_fw_bytes * gain.shortened(until_i + int(light * facts.w[g])))
-    return int(sizes * _microbatches(problem, g))
+    _, until_i, until_w = tails.held[g]
+    return total(g, group.saved_fi_bytes) * until_i + total(g, group.saved_fw_bytes) * until_w
 
 
-def _kept_area(problem: PlanningProblem, facts: GroupTimes, g: int) -> int:
+def _kept_area(problem: PlanningProblem, total: Callable[[int, int], int], tails: Tails, facts: GroupTimes,
+               g: int) -> int:
     """The same where F runs again, just before the gradient: until then only what is kept counts."""
-    group, back = problem.groups[g], facts.gradient_head[g]
-    if back is None:
-        return 0
-    light, gain = min(group.loads, default=1.0), pair_gain(problem)
-    gradients = int(light * facts.i[g])
-    sizes = (min(group.recompute_bytes or 0, group.saved_fi_bytes + group.saved_fw_bytes) * (back - facts.head[g])
-             + group.saved_fi_bytes * gain.shortened(gradients)
-             + group.saved_fw_bytes * gain.shortened(gradients + int(light * facts.w[g])))
-    return int(min(sizes * _microbatches(problem, g), _area(problem, facts, g)))
-
-
-def _microbatches(problem: PlanningProblem, g: int) -> float:
-    """Microbatches of a step, by their loads."""
-    group = problem.groups[g]
-    return sum(group.loads) if group.loads else problem.num_microbatches
+    group, gain = problem.groups[g], pair_gain(problem)
+    i, w = least_of(group, facts.i[g]), least_of(group, facts.w[g])
+    fi, fw = total(g, group.saved_fi_bytes), total(g, group.saved_fw_bytes)
+    kept = min(fi + fw, total(g, group.recompute_bytes or 0)) * tails.held[g][0]
+    return kept + fi * gain.shortened(i) + fw * gain.shortened(i + w)
 
 
 def forwards_per_byte(problem: PlanningProblem) -> float | None:
@@ -117,15 +139,20 @@ def forwards_per_byte(problem: PlanningProblem) -> float | None:
         phases = next(iter(group.times.values()))
         if group.recompute_bytes is not None or (phases.i_ns is None and phases.w_ns is None):
             return None
-        saved = group.saved_fi_bytes + group.saved_fw_bytes
-        if saved and group.stream is Stream.COMPUTE:
-            rounding = 1.001 if group.loads else 1.0  # loads round sizes and durations apart
-            rate = max(rate, max(times.f_ns for times in group.times.values()) / saved * rounding)
+        if group.stream is Stream.COMPUTE:
+            slowest = max(times.f_ns for times in group.times.values())
+            rate = max(rate, forwards_of(problem, group, slowest)[0])
     return rate
 
 
-def light_forwards(problem: PlanningProblem, unit: Sequence[int]) -> int:
-    """Nanoseconds of a unit's forwards that save nothing."""
-    return sum(work_of(problem, problem.groups[g], max(times.f_ns for times in problem.groups[g].times.values()))
-               for g in unit if problem.groups[g].stream is Stream.COMPUTE
-               and not problem.groups[g].saved_fi_bytes + problem.groups[g].saved_fw_bytes)
+def _light(problem: PlanningProblem, g: int, shared: bool) -> int:
+    """Most nanoseconds of a group's forwards that save nothing; ``shared``: as if all microbatches took the longest."""
+    group = problem.groups[g]
+    if group.stream is not Stream.COMPUTE:
+        return 0
+    slowest = max(times.f_ns for times in group.times.values())
+    free = forwards_of(problem, group, slowest)[1]
+    if not (free and shared and group.loads):
+        return free
+    rate = max(round(slowest * load) / load for load in group.loads if load > 0)
+    return max(math.ceil(rate * sum(group.loads)), round(slowest * max(group.loads)) * problem.num_microbatches)
