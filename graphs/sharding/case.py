@@ -18,8 +18,8 @@ class Choice:
     ``needs``: how the tensors must lie that it reads (those left out may lie in any way, only their shapes matter);
     ``gives``: how each result lies. ``share``: the part of the operator's flops that a member has. ``args``: new values
     of positional arguments, for sizes that are a member's own. ``program``: the name of a program of
-    `mipipe.graphs.sharding.programs` that runs in the operator's place, with these collectives ``inside`` it (kinds, and
-    bytes as `mipipe.graphs.modes.Collective` has them; not those of a few numbers).
+    `mipipe.graphs.sharding.programs` that runs in the operator's place, with these collectives ``inside`` it (kinds,
+    and bytes as `mipipe.graphs.modes.Collective` has them; not those of a few numbers).
     """
 
     needs: Mapping[str, Part]

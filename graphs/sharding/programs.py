@@ -206,5 +206,5 @@ def grouped_own_weight(b: Builder, choice: Choice, op: Any, x: fx.Node, grad: fx
 
 PROGRAMS: dict[str, Program] = {function.__name__: function for function in (
     mean_part, copied, addmm_part, add_to_sum, embedding_rows, embedding_rows_backward, log_softmax,
-    log_softmax_backward, nll_loss_rows, nll_loss_classes, nll_loss_classes_backward, attention_few_keys, attention_few_keys_backward,
-    attention_queries, attention_queries_backward, grouped_own, grouped_own_weight)}
+    log_softmax_backward, nll_loss_rows, nll_loss_classes, nll_loss_classes_backward, attention_few_keys,
+    attention_few_keys_backward, attention_queries, attention_queries_backward, grouped_own, grouped_own_weight)}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, combinations, count
 
-from mipipe.graphs.costs.split_rules import ATTENTION
+from mipipe.graphs.costs.products import ATTENTION
 from mipipe.graphs.operator_graph import DTYPE_BYTES, Role
 from mipipe.planner.teams.bounds.of_degrees import bound_of, seconds_in_kernels
 from mipipe.planner.teams.prices.degrees import Degrees, Recompute

@@ -9,12 +9,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mipipe.graphs.coarse.graph_index import GraphIndex, index_graph, rows_of
 from mipipe.graphs.coarse.totals import model_flops
 from mipipe.graphs.costs.latents import with_latents_again
-from mipipe.graphs.costs.split_rules import indivisible, split_rules
+from mipipe.graphs.costs.products import banks_of, products_of
+from mipipe.graphs.costs.team_share import TeamShare
 from mipipe.graphs.costs.trace_facts import TeamSplit, heads_of
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.exchange import exchanges
@@ -22,6 +23,9 @@ from mipipe.graphs.modes import Layout
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role, SegmentTrace
 from mipipe.planner.teams.prices.branches import TOKENS, check_modes, encoders_of, together
 from mipipe.planner.teams.prices.degrees import RECOMPUTE, Degrees, Recompute
+
+if TYPE_CHECKING:
+    from mipipe.graphs.sharding.shares import TeamShares
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,23 @@ class ModelPieces:
             return TeamSplit(degrees.tensor, degrees.context, degrees.expert, mode == "sequence"), 1.0
         members = math.gcd(degrees.tensor, self.sequences)
         return TeamSplit(1, degrees.context, degrees.expert, batch=members), members / degrees.tensor
+
+    def share(self, member: int, degrees: Degrees) -> TeamShare | None:
+        """What members along the tensor axis have of a segment (by index), as a run of the plan divides it; None where
+        they do not share it, or all that they share is sent to the segment's experts."""
+        mode, trace = self.mode(member, degrees), self.index.traces[member]
+        if degrees.tensor == 1 or mode == "batch":
+            return None
+        apart = degrees.expert > 1 and not exchanges(self.graph)
+        if apart and self.graph.segments[member].tags.role is Role.EXPERTS:
+            return None
+        return self._shares.of(trace, mode, degrees.tensor, apart)
+
+    @cached_property
+    def _shares(self) -> TeamShares:
+        from mipipe.graphs.sharding.shares import TeamShares  # torch
+
+        return TeamShares(self.graph)
 
     def parts_between(self, member: int, degrees: Degrees) -> int:
         """Into how many parts a team divides what a segment (by index) gives to others."""
@@ -246,29 +267,29 @@ def _member_misfit(model: ModelPieces, member: int, degrees: Degrees) -> str | N
         if mode == "batch" and not exchanges(model.graph):
             return (f"expert={degrees.expert} divides the experts of {name} along the tensor axis, where --modes gives"
                     " their branch the mode batch; leave one of both out")
-        rules = split_rules(trace, Role.EXPERTS)
-        banks = {trace.specs[parameter].shape[0] for parameter, cut in rules.cuts.items() if cut == "bank"}
+        banks = {trace.specs[parameter].shape[0] for parameter in banks_of(trace, products_of(trace))}
         wrong = [size for size in banks if size % degrees.expert]
         if wrong:
             return f"expert={degrees.expert} does not divide the {wrong[0]} experts of {name}"
     return None
 
 
+_SMALL = (Role.ROUTER, Role.DISPATCH, Role.COMBINE)
+
+
 def indivisible_of(model: ModelPieces, degrees: Degrees) -> tuple[str, ...]:
-    """What every member of the tensor axis has in whole as its size does not divide: a line for each size."""
+    """What every member of the tensor axis has in whole: a line for each reason, but of single matrices of a segment
+    that are cheaper so, and of routers."""
     found: dict[str, list[str]] = {}
     for piece in model.kinds if degrees.tensor > 1 else ():
         for member in piece.members:
-            if model.mode(member, degrees) == "batch":
+            share, segment = model.share(member, degrees), model.graph.segments[member]
+            if share is None or segment.tags.role in _SMALL:
                 continue
-            segment, trace, heads = model.graph.segments[member], model.index.traces[member], heads_of(
-                model.index.traces[member])
-            rules = split_rules(trace, segment.tags.role)
-            why = indivisible(rules, trace, degrees.tensor, None if heads is None else heads[1])
-            for reason in dict.fromkeys(why.values()):
-                found.setdefault(reason, []).append(segment.name)
-    return tuple(f"{', '.join(names)}: {reason} do not divide by tensor {degrees.tensor}"
-                 for reason, names in found.items())
+            for reason in share.whole:
+                if not (share.dims and "would send more" in reason):
+                    found.setdefault(reason, []).append(segment.name)
+    return tuple(f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in found.items())
 
 
 def _near(value: int, step: int) -> str:

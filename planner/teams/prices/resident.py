@@ -48,7 +48,8 @@ def held_cost(machine: Machine, degrees: Degrees, work: PieceWork, phases: Mappi
     (dense, experts), (trained, trained_experts), summed = work.held, work.trained, work.summed
     alike = degrees.context * degrees.copies
     classes = ((dense - summed, trained - summed, alike, degrees.tensor, 1),
-               (experts, trained_experts, degrees.expert_copies, degrees.expert, 1),
+               (experts, trained_experts, degrees.expert_copies,
+                degrees.expert if degrees.expert > 1 else degrees.tensor, 1),
                (summed, summed, alike, degrees.tensor, degrees.tensor))
     weights = gradients = state = 0
     reduce = gather = touched = 0.0
