@@ -14,7 +14,7 @@ Left out: what a member holds twice at boundaries that do not divide.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from mipipe.graphs.coarse.totals import operator_flops
@@ -54,7 +54,7 @@ class _Work:
 
 def estimated_profile(trace: SegmentTrace, role: Role, split: TeamSplit, *, fused: bool = True,
                       attention_again: bool = False, flash: bool = True, cut: bool | None = None,
-                      facts: TraceFacts | None = None, share: TeamShare | None = None) -> ModeProfile:
+                      facts: TraceFacts | None = None, shares: Sequence[TeamShare] = ()) -> ModeProfile:
     """What one member of a team computes, sends and keeps of a segment, by its shapes.
 
     Args:
@@ -66,15 +66,15 @@ def estimated_profile(trace: SegmentTrace, role: Role, split: TeamSplit, *, fuse
         flash: attention is one kernel.
         cut: what stays for the backward is chosen as compilers do, else it is what autograd saves; None: as ``fused``.
         facts: of the trace, where they are known already.
-        share: what members along a tensor axis have of it; None: there is none, or tokens travel to the segment's
-            experts, which the tensor axis does not divide.
+        shares: what members along the tensor and the context axis have of it, of those that are known: else positions
+            are divided over the context axis, and over the tensor axis what `TeamSplit.sequence` divides, and experts.
     """
     cut = fused if cut is None else cut
     known = facts or trace_facts(trace, fused=fused, attention_again=attention_again, cut=cut)
-    estimate = _Estimate(trace, role, split, known, share, flash, attention_again)
+    estimate = _Estimate(trace, role, split, known, shares, flash, attention_again)
     work = {phase: _Work() for phase in Phase if trace.has(phase)}
     estimate.compute(work, fused, attention_again)
-    talk = ModeCollectives(trace, known, split, share).by_phase(work)
+    talk = ModeCollectives(trace, known, split, shares).by_phase(work)
     axes = {name: size for name, size in (("expert", split.expert), ("context", split.context),
                                           ("tensor", split.tensor), ("batch", split.batch)) if size > 1}
     layout = Layout.SEQUENCE if split.context > 1 or (split.sequence and split.tensor > 1) else \
@@ -85,9 +85,9 @@ def estimated_profile(trace: SegmentTrace, role: Role, split: TeamSplit, *, fuse
 
 
 def forward_alive(trace: SegmentTrace, role: Role, split: TeamSplit, facts: TraceFacts,
-                  elsewhere: Collection[str] = (), share: TeamShare | None = None) -> int:
+                  elsewhere: Collection[str] = (), shares: Sequence[TeamShare] = ()) -> int:
     """The most bytes of values of F at once on one member, without those that are counted ``elsewhere`` (by name)."""
-    estimate = _Estimate(trace, role, split, facts, share)
+    estimate = _Estimate(trace, role, split, facts, shares)
     return math.ceil(most_alive([life for life in facts.lives if life.name not in elsewhere], estimate.parts_of))
 
 
@@ -97,28 +97,32 @@ class _Estimate:
     role: Role
     split: TeamSplit
     facts: TraceFacts
-    share: TeamShare | None
+    shares: Sequence[TeamShare]
     flash: bool = True
     again: bool = False
 
+    @property
+    def rows(self) -> int:
+        """Into how many parts rows are divided by what no share says."""
+        known = {share.axis for share in self.shares}
+        apart = "tensor" not in known and (self.split.sequence or self.role is Role.EXPERTS)
+        return (self.split.batch * (1 if "context" in known else self.split.context)
+                * (self.split.tensor if apart else 1))
+
     def parts_of(self, name: str) -> int:
         """Into how many parts an activation is divided."""
-        if self.share is not None:
-            return self.split.samples_and_positions * self.share.parts(name)
-        apart = self.split.sequence or self.role is Role.EXPERTS
-        return self.split.samples_and_positions * (self.split.tensor if apart else 1)
+        return self.rows * math.prod(share.parts(name) for share in self.shares)
 
     def runs(self, operator: Operator) -> int:
         """Into how many parts an operator with flops is divided."""
-        if self.share is None:
-            return self.parts_of(operator.name)
-        return self.split.samples_and_positions * self.share.runs(operator.name)
+        return self.rows * math.prod(share.runs(operator.name) for share in self.shares)
 
     def degree(self, parameter: str) -> int:
         """Into how many parts a parameter is divided."""
-        if self.share is not None and parameter in self.share.dims:
-            return self.share.size
-        return math.gcd(self.split.expert, self.trace.specs[parameter].shape[0]) if parameter in self.facts.banks else 1
+        found = math.prod(share.size for share in self.shares if parameter in share.dims)
+        if found > 1 or parameter not in self.facts.banks:
+            return found
+        return math.gcd(self.split.expert, self.trace.specs[parameter].shape[0])
 
     def compute(self, work: dict[Phase, _Work], fused: bool, attention_again: bool) -> None:
         """Products, bytes and kernels of every phase."""
@@ -178,42 +182,45 @@ class _Estimate:
         """A product of rows with a parameter, or of two sets of rows to its gradient."""
         shape = self.trace.specs[parameter].shape
         sizes = [flops // max(1, 2 * shape[-2] * math.prod(shape[-1:])), shape[-2], math.prod(shape[-1:])]
-        parts = self.runs(operator) // self.split.samples_and_positions
-        if parameter in self.facts.banks and self.split.expert > 1:
-            parts = self.split.tensor
-        along = self.share.dims.get(parameter) if self.share is not None else None
-        place = 0 if along is None or along < len(shape) - 2 else along - len(shape) + 3
-        sizes[place] = -(-sizes[place] // parts)
-        rows, wide, deep = max(1, -(-sizes[0] // self.split.samples_and_positions)), sizes[1], sizes[2]
+        by_columns = False
+        for share in self.shares:
+            along = share.dims.get(parameter, 0) - len(shape) + 3 if parameter in share.dims else 0
+            by_columns = by_columns or along > 0
+            sent = parameter in self.facts.banks and self.split.expert > 1 and share.axis == "tensor"  # tokens are
+            parts = share.size if sent else share.runs(operator.name)
+            sizes[max(0, along)] = -(-sizes[max(0, along)] // parts)
+        sizes[0] = max(1, -(-sizes[0] // self.rows))
+        rows, wide, deep = sizes
         size = DTYPE_BYTES[operator.outputs[0].dtype]
         if parameter not in self.facts.banks:
             return Product(kind, 2 * rows * wide * deep, size * (rows * (wide + deep) + wide * deep),
                            min(rows, wide, deep))
-        banks = shape[0] / (1 if place else self.degree(parameter))
+        banks = shape[0] / (1 if by_columns else self.degree(parameter))
         return Product(kind, 2 * rows * wide * deep, round(size * (rows * (wide + deep) + banks * wide * deep)),
                        max(1, min(wide, deep, round(rows / banks))))
 
     def phase_work(self, phase: Phase, made: _Work, talk: list[Collective], fused: bool) -> PhaseWork:
         """A phase's work. Its workspace is the eager operators', divided where parameters are; that of fused kernels
         stays on the chip, but for losses."""
-        parts = self.split.samples_and_positions * (
-            self.share.size if self.share is not None and self.share.dims else 1)
+        parts = self.rows * math.prod(share.size for share in self.shares if share.dims or share.axis == "context")
         alive = -(-self.trace.workspace_bytes.get(phase, 0) // parts) if self.role is Role.HEAD or not fused else 0
         return PhaseWork(sum(item.flops * item.count for item in made.products), round(made.moved), made.kernels,
                          alive, tuple(made.products), tuple(talk))
 
     def parts(self) -> tuple[ParameterPart, ...]:
-        dims, sums = (self.share.dims, self.share.sums) if self.share is not None else ({}, frozenset[str]())
         found = []
         for name in (*self.trace.parameters, *self.trace.buffers):
-            degree, summed = self.degree(name), ("tensor",) if name in sums else ()
+            degree, axis, dim = self.degree(name), "expert", 0
+            for share in self.shares:
+                axis, dim = (share.axis, share.dims[name]) if name in share.dims else (axis, dim)
+            summed = tuple(share.axis for share in self.shares if name in share.sums)
             found.append(ParameterPart(sum_gradient=summed) if degree == 1 else ParameterPart(
-                degree, dims.get(name, 0), "tensor" if name in dims else "expert", sum_gradient=summed))
+                degree, dim, axis, sum_gradient=summed))
         return tuple(found)
 
     def resident(self) -> Resident:
         sizes = {"dense": 0, "experts": 0, "trainable_dense": 0, "trainable_experts": 0, "summed": 0}
-        sums = self.share.sums if self.share is not None else frozenset[str]()
+        sums = frozenset[str]().union(*(share.sums for share in self.shares))
         for name, grad in zip(self.trace.parameters, self.trace.parameter_grads, strict=True):
             size = -(-self.trace.specs[name].num_bytes // self.degree(name))
             kind = "experts" if name in self.facts.banks else "dense"

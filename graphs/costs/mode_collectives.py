@@ -1,17 +1,18 @@
 """The collectives of a team's members in every phase of a segment, by its shapes: those of the published recipes.
 
-- ``tensor``, ``sequence``: those of the members' programs (`TeamShare`);
+- ``tensor``, ``sequence``, ``context``: those of the members' programs (`TeamShare`), where these are known;
 - experts: tokens sent to their experts and back, forward and backward (Lepikhin et al., "GShard", ICLR 2021); every
   member sends its part of the sequence, whatever the mode, and rows are even over experts; in ``tensor`` mode what
   comes back, and its gradient, is gathered;
 - ``batch``: none within a segment;
-- context: keys and values gathered before attention, their gradients reduced and scattered (Dubey et al., "The Llama 3
-  herd of models", 2024, section 3.3.2).
+- else ``context``: keys and values gathered before attention, their gradients reduced and scattered (Dubey et al.,
+  "The Llama 3 herd of models", 2024, section 3.3.2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from mipipe.graphs.costs.products import ATTENTION
@@ -28,21 +29,25 @@ class ModeCollectives:
     trace: SegmentTrace
     facts: TraceFacts
     split: TeamSplit
-    share: TeamShare | None
+    shares: Sequence[TeamShare]
 
     def by_phase(self, phases: Iterable[Phase]) -> dict[Phase, list[Collective]]:
         """The collectives of every one of these phases."""
         split = self.split
         work: dict[Phase, list[Collective]] = {phase: [] for phase in phases}
-        if self.share is not None:
-            for phase, items in self.share.collectives.items():
-                work[phase] += [replace(item, num_bytes=-(-item.num_bytes // split.samples_and_positions))
-                                for item in items]
-        elif split.tensor > 1 and not split.sequence and self._routes():
+        known = {share.axis for share in self.shares}
+        for share in self.shares:
+            others = [other for other in self.shares if other is not share]
+            for phase, items in share.collectives.items():
+                for item, name in items:
+                    parts = split.batch * (1 if "context" in known else split.context) * math.prod(
+                        other.parts(name) for other in others)
+                    work[phase].append(replace(item, num_bytes=-(-item.num_bytes // parts)))
+        if split.tensor > 1 and "tensor" not in known and not split.sequence and self._routes():
             for phase in (Phase.F, Phase.I):
                 if phase in work:
                     work[phase].append(Collective(CollectiveKind.ALL_GATHER, "tensor", self._between()))
-        if split.context > 1 and heads_of(self.trace) is not None:
+        if split.context > 1 and "context" not in known and heads_of(self.trace) is not None:
             self._context(work)
         if split.expert > 1 and self.facts.banks:
             for operator in self.trace.operators:

@@ -59,13 +59,13 @@ class TeamShares:
 
 def _share(trace: SegmentTrace, mode: str, boundary: Layouts, assignment: Assignment) -> TeamShare:
     grads = dict(zip(trace.parameters, trace.parameter_grads, strict=True))
-    collectives: dict[Phase, list[Collective]] = {phase: [] for phase in Phase if trace.has(phase)}
+    collectives: dict[Phase, list[tuple[Collective, str]]] = {phase: [] for phase in Phase if trace.has(phase)}
     made = {op.name: op.phase for op in trace.operators}
     for phase, kind, size, name in assignment.collectives:
         if phase is not Phase.W or made.get(name, Phase.F) is not Phase.F or name in trace.output_grads:
-            collectives.setdefault(phase, []).append(Collective(kind, AXES[mode], size))
+            collectives.setdefault(phase, []).append((Collective(kind, AXES[mode], size), name))
     return TeamShare(
-        boundary.size, {name: boundary.given[name].dim for name in (*trace.parameters, *trace.buffers)
+        AXES[mode], boundary.size, {name: boundary.given[name].dim for name in (*trace.parameters, *trace.buffers)
                         if boundary.given.get(name, WHOLE).kind is Kind.DIVIDED},
         frozenset(name for name, part in assignment.born.items() if part.kind is Kind.DIVIDED),
         frozenset(name for name, choice in assignment.choices.items() if choice.share < 1),

@@ -4,7 +4,6 @@ for each reason."""
 from __future__ import annotations
 
 from mipipe.graphs.efficiency import Evidence
-from mipipe.graphs.exchange import exchanges
 from mipipe.graphs.operator_graph import Role
 from mipipe.planner.teams.prices.degrees import Degrees
 from mipipe.planner.teams.prices.pricing import Pricer
@@ -28,16 +27,13 @@ def outside(pricer: Pricer, degrees: Degrees) -> list[str]:
 
 def otherwise(pricer: Pricer, degrees: Degrees) -> list[str]:
     """What is priced as engines made for it do it, and run otherwise here."""
-    model, found = pricer.model, []
-    if degrees.expert > 1 and degrees.tensor > 1 and not exchanges(model.graph) and any(
-            segment.tags.role is Role.EXPERTS for segment in model.graph.segments):
-        found.append("tokens are sent to their experts; of a graph captured without --expert-parallel every member of"
-                     " the tensor axis sees all tokens, and `mipipe train` adds up what its experts make of them")
-    rows = max(pricer.fanout(member) for member in range(len(model.index.traces)))
-    if rows > 1 and len(pricer.machine.fabric.counts(degrees.expert, 1)) > 1:
-        found.append(f"a token crosses once to a host that has several of its {rows:g} experts, as DeepEP sends it;"
-                     " `mipipe train` sends a row for each of them")
-    return found
+    if len(pricer.machine.fabric.counts(degrees.expert, 1)) < 2:
+        return []
+    rows = max(pricer.fanout(member) for member in range(len(pricer.model.index.traces)))
+    if rows == 1:
+        return []
+    return [f"a token crosses once to a host that has several of its {rows:g} experts, as DeepEP sends it; `mipipe"
+            " train` sends a row for each of them"]
 
 
 def _sizes(pricer: Pricer, degrees: Degrees, known: Evidence) -> list[str]:

@@ -15,7 +15,7 @@ from mipipe.planner.teams.bounds.of_degrees import bound_of, seconds_in_kernels
 from mipipe.planner.teams.prices.degrees import Degrees, Recompute
 from mipipe.planner.teams.prices.pieces import ModelPieces, misfit, samples_misfit
 from mipipe.planner.teams.prices.pricing import Pricer
-from mipipe.planner.teams.prices.resident import ADAM_BYTES, GRADIENT_BYTES
+from mipipe.planner.teams.prices.resident import ADAM_BYTES, GRADIENT_BYTES, state_copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,8 +244,9 @@ def roughly_fits(pricer: Pricer, degrees: Degrees) -> bool:
     held = pricer.footprint(degrees)
     size = DTYPE_BYTES[pricer.machine.dtype]
     total = held.kept * degrees.microbatch
-    for num_bytes, trained, copies in ((held.dense, held.trained_dense, degrees.context * degrees.copies),
-                                       (held.experts, held.trained_experts, degrees.expert_copies)):
+    alike, experts = state_copies(pricer.machine, degrees)
+    for num_bytes, trained, copies in ((held.dense, held.trained_dense, alike),
+                                       (held.experts, held.trained_experts, experts)):
         shares = [copies if degrees.zero >= stage else 1 for stage in (1, 2, 3)]
         total += trained / size * (ADAM_BYTES / shares[0] + GRADIENT_BYTES / shares[1]) + num_bytes / shares[2]
     return total <= degrees.ranks * pricer.machine.usable_bytes

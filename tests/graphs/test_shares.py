@@ -65,7 +65,7 @@ def halved(trace, phase):
     return sum(operator_flops(trace, item) for item in found) / max(1, sum(item.flops for item in found))
 
 
-@pytest.mark.parametrize("mode", ["tensor", "sequence"])
+@pytest.mark.parametrize("mode", ["tensor", "sequence", "context"])
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
                                   for name in FAMILIES])
 def test_estimates_are_what_members_run(name, mode):
@@ -81,8 +81,8 @@ def test_estimates_are_what_members_run(name, mode):
             if has_dynamic_rows(trace):
                 continue
             traced, share = made.find(trace.digest, mode, size), shares.of(trace, mode, size)
-            found = estimated_profile(trace, roles[trace.digest], TeamSplit(size, sequence=mode == "sequence"),
-                                      fused=False, share=share)
+            split = TeamSplit(context=size) if mode == "context" else TeamSplit(size, sequence=mode == "sequence")
+            found = estimated_profile(trace, roles[trace.digest], split, fused=False, shares=[share])
             assert (found.resident, share.whole) == (traced.resident, traced.whole)
             for phase, work in traced.phases.items():
                 own = found.phases[phase]

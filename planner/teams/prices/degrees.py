@@ -65,9 +65,8 @@ class Degrees:
 
     @property
     def expert_copies(self) -> int:
-        """How many devices share what is held of experts: those with the same ones; where experts are divided, or not,
-        as all else is, those with the same part of that."""
-        return self.team * self.copies // self.expert if self.expert > 1 else self.context * self.copies
+        """How many devices hold the same experts."""
+        return self.team * self.copies // self.expert
 
     def text(self) -> str:
         """As ``--degrees`` takes it; axes of size 1 are left out, ranks and copies never."""

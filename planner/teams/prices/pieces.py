@@ -19,7 +19,7 @@ from mipipe.graphs.costs.team_share import TeamShare
 from mipipe.graphs.costs.trace_facts import TeamSplit, heads_of
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.exchange import exchanges
-from mipipe.graphs.modes import Layout
+from mipipe.graphs.modes import Collective, CollectiveKind, Layout
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role, SegmentTrace
 from mipipe.planner.teams.prices.branches import TOKENS, check_modes, encoders_of, together
 from mipipe.planner.teams.prices.degrees import RECOMPUTE, Degrees, Recompute
@@ -75,16 +75,25 @@ class ModelPieces:
         members = math.gcd(degrees.tensor, self.sequences)
         return TeamSplit(1, degrees.context, degrees.expert, batch=members), members / degrees.tensor
 
-    def share(self, member: int, degrees: Degrees) -> TeamShare | None:
-        """What members along the tensor axis have of a segment (by index), as a run of the plan divides it; None where
-        they do not share it, or all that they share is sent to the segment's experts."""
+    def shares(self, member: int, degrees: Degrees, context: bool = True) -> tuple[TeamShare, ...]:
+        """What members along the context (not without ``context``) and the tensor axis have of a segment (by index), as
+        a run of the plan divides it; none where tokens are sent to the segment's experts by devices that share all
+        else."""
         mode, trace = self.mode(member, degrees), self.index.traces[member]
-        if degrees.tensor == 1 or mode == "batch":
-            return None
         apart = degrees.expert > 1 and not exchanges(self.graph)
         if apart and self.graph.segments[member].tags.role is Role.EXPERTS:
-            return None
-        return self._shares.of(trace, mode, degrees.tensor, apart)
+            return ()
+        axes = [("context", degrees.context)] if context else []
+        axes += [(mode, degrees.tensor)] if mode != "batch" else []
+        found = tuple(self._shares.of(trace, name, size, apart) for name, size in axes if size > 1)
+        if len(found) > 1 and found[0].dims and (
+                self.graph.segments[member].tags.role is not Role.EMBEDDING or self._is_tied(member)):
+            return found[0], _left_whole(trace, found[1])
+        return found
+
+    def _is_tied(self, member: int) -> bool:
+        own = self.graph.segments[member].parameters
+        return any(self.index.parameters[name].tied_to or name in self.tied for name in own)
 
     @cached_property
     def _shares(self) -> TeamShares:
@@ -274,6 +283,15 @@ def _member_misfit(model: ModelPieces, member: int, degrees: Degrees) -> str | N
     return None
 
 
+def _left_whole(trace: SegmentTrace, share: TeamShare) -> TeamShare:
+    """The share of a loss by vocabulary that the context axis divides already: members along the other axis have what
+    comes in whole, for which it is gathered where it lies in parts."""
+    gathered = tuple((Collective(CollectiveKind.ALL_GATHER, share.axis, trace.specs[name].num_bytes), name)
+                     for name in trace.inputs if name in share.values)
+    return TeamShare(share.axis, share.size, collectives={Phase.F: gathered}, whole=(
+        "the vocabulary is divided over the context axis alone",))
+
+
 _SMALL = (Role.ROUTER, Role.DISPATCH, Role.COMBINE)
 
 
@@ -283,12 +301,11 @@ def indivisible_of(model: ModelPieces, degrees: Degrees) -> tuple[str, ...]:
     found: dict[str, list[str]] = {}
     for piece in model.kinds if degrees.tensor > 1 else ():
         for member in piece.members:
-            share, segment = model.share(member, degrees), model.graph.segments[member]
-            if share is None or segment.tags.role in _SMALL:
-                continue
-            for reason in share.whole:
-                if not (share.dims and "would send more" in reason):
-                    found.setdefault(reason, []).append(segment.name)
+            segment = model.graph.segments[member]
+            for share in model.shares(member, degrees, False) if segment.tags.role not in _SMALL else ():
+                for reason in share.whole:
+                    if not (share.dims and "would send more" in reason):
+                        found.setdefault(reason, []).append(segment.name)
     return tuple(f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in found.items())
 
 

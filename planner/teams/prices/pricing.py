@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 
 from mipipe.graphs.costs.collectives import collective_ns
 from mipipe.graphs.costs.estimate_modes import estimated_profile, forward_alive
+from mipipe.graphs.costs.team_share import TeamShare
 from mipipe.graphs.costs.trace_facts import TraceFacts, trace_facts
 from mipipe.graphs.efficiency import phase_seconds
 from mipipe.graphs.errors import InputError
@@ -73,7 +74,7 @@ class Pricer:
     def on(self, machine: Machine, measured: Sequence[LayerTimes] | None = None) -> Pricer:
         """The same model on another machine; profiles are shared where both have the same kernels."""
         other = Pricer(self.model, machine, measured)
-        if machine.kernels == self.machine.kernels:
+        if (machine.kernels, machine.context_too) == (self.machine.kernels, self.machine.context_too):
             other._profiles, other._facts, other.origins = self._profiles, self._facts, self.origins
         return other
 
@@ -111,7 +112,7 @@ class Pricer:
         fused, flash, cut = self.machine.kernels
         estimate = estimated_profile(trace, role, split, fused=fused, attention_again=again, flash=flash,
                                      cut=cut, facts=self.facts(member, degrees),
-                                     share=self.model.share(member, degrees))
+                                     shares=self.shares(member, degrees))
         plain = degrees.context == degrees.expert == 1 and split.tensor * split.batch > 1 and left == 1 and not again
         modes = self.model.graph.modes
         found = modes.find(trace.digest, split.mode, degrees.tensor) if plain and modes is not None else None
@@ -129,12 +130,15 @@ class Pricer:
             self._facts[key] = trace_facts(trace, fused=fused, attention_again=again, cut=cut)
         return self._facts[key]
 
+    def shares(self, member: int, degrees: Degrees) -> tuple[TeamShare, ...]:
+        """What members of a team of these degrees have of a segment."""
+        return self.model.shares(member, degrees, not self.machine.context_too)
+
     def columns(self, member: int, degrees: Degrees) -> frozenset[str]:
         """The products of a segment that members of the tensor axis share by columns."""
-        share = self.model.share(member, degrees)
-        return frozenset() if share is None else frozenset(
-            name for name, parameter in self.facts(member, degrees).products.items()
-            if parameter in share.dims and share.parts(name) > 1)
+        return frozenset(name for name, parameter in self.facts(member, degrees).products.items()
+                         for share in self.shares(member, degrees)
+                         if share.axis == "tensor" and parameter in share.dims and share.parts(name) > 1)
 
     def footprint(self, degrees: Degrees) -> Footprint:
         """The footprint on a team of these degrees."""
@@ -259,7 +263,7 @@ class Pricer:
             elsewhere = stays[position] | {name for name, value in zip(trace.outputs, segment.outputs, strict=True)
                                            if value in kept}
             own = forward_alive(trace, segment.tags.role, split, self.facts(member, degrees), elsewhere,
-                                self.model.share(member, degrees))
+                                self.shares(member, degrees))
             most = max(most, own + sum(size for _, size in waiting))
             waiting += [(max((place.get(reader, len(place)) for reader in index.readers[value]), default=position),
                          -(-index.num_bytes[value] // parts)) for value in segment.outputs if value not in kept]

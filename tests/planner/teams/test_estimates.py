@@ -43,7 +43,7 @@ def test_estimates_equal_what_is_traced(llama, mode):
     for trace, role in traces(graph):
         traced = graph.modes.find(trace.digest, mode, 4)
         estimate = estimated_profile(trace, role, TeamSplit(4, sequence=mode == "sequence"), fused=False,
-                                     share=shares.of(trace, mode, 4))
+                                     shares=[shares.of(trace, mode, 4)])
         assert estimate.resident == traced.resident
         for phase, work in traced.phases.items():
             own = estimate.phases[phase]
@@ -71,7 +71,8 @@ def test_what_does_not_divide_is_whole_as_when_traced(odd, size):
     graph, shares = with_modes(odd, ("tensor",), (size,)), TeamShares(odd)
     for trace, role in traces(graph):
         traced = graph.modes.find(trace.digest, "tensor", size)
-        estimate = estimated_profile(trace, role, TeamSplit(size), fused=False, share=shares.of(trace, "tensor", size))
+        estimate = estimated_profile(trace, role, TeamSplit(size), fused=False,
+                                     shares=[shares.of(trace, "tensor", size)])
         assert estimate.resident == traced.resident, role
         for phase, work in traced.phases.items():
             assert [sum(item.flops * item.count for item in one.products if "attention" not in item.kind)
@@ -116,7 +117,7 @@ def test_what_the_forward_holds_for_a_while(llama):
     facts, inner, rows = trace_facts(trace), 512 * 688 * 2, 512 * 256 * 2
     assert forward_alive(trace, role, TeamSplit(), facts) == 3 * inner
     share = TeamShares(llama).of(trace, "tensor", 2)
-    assert forward_alive(trace, role, TeamSplit(2), facts, share=share) == 3 * inner // 2
+    assert forward_alive(trace, role, TeamSplit(2), facts, shares=[share]) == 3 * inner // 2
     assert forward_alive(trace, role, TeamSplit(), facts, facts.stays) == inner + rows  # the product, and the result
 
 
@@ -159,7 +160,7 @@ def test_scores_of_unfused_attention_go_through_memory(llama):
     """Products of the whole square, 13 and 19 bytes moved of every score, 5 kept (Korthikanti et al., 5 a s^2 b)."""
     trace = next(trace for trace, role in traces(llama) if role is Role.ATTENTION)
     share = TeamShares(llama).of(trace, "tensor", 2)
-    flash, eager = (estimated_profile(trace, Role.ATTENTION, TeamSplit(2), flash=flag, share=share)
+    flash, eager = (estimated_profile(trace, Role.ATTENTION, TeamSplit(2), flash=flag, shares=[share])
                     for flag in (True, False))
     scores, width = 8 * 512 * 512 // 2, 256 // 8
     products = [item for item in eager.phases[Phase.F].products if item.kind == "aten.bmm"]
@@ -168,7 +169,7 @@ def test_scores_of_unfused_attention_go_through_memory(llama):
     assert eager.phases[Phase.I].bytes_moved - flash.phases[Phase.I].bytes_moved == pytest.approx(19 * scores)
     assert eager.kept.fi + eager.kept.fw - flash.kept.fi - flash.kept.fw == 5 * scores
     again = estimated_profile(trace, Role.ATTENTION, TeamSplit(2), flash=False, attention_again=True,
-                              share=share)
+                              shares=[share])
     assert again.kept.fi + again.kept.fw < flash.kept.fi + flash.kept.fw
     assert again.phases[Phase.I].flops == eager.phases[Phase.I].flops + products[0].flops
 
@@ -189,7 +190,7 @@ def test_tokens_that_travel_are_a_members_part(tmp_path, mode):
             continue
         traced = graph.modes.find(trace.digest, mode, 4)
         estimate = estimated_profile(trace, role, TeamSplit(4, sequence=mode == "sequence"), fused=False,
-                                     share=shares.of(trace, mode, 4))
+                                     shares=[shares.of(trace, mode, 4)])
         for source, profile in (("traced", traced), ("estimated", estimate)):
             for phase, work in profile.phases.items():
                 talk[source][phase] += [(item.kind, item.num_bytes) for item in work.collectives
