@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mipipe.graphs.efficiency import Achieved
     from mipipe.planner.teams.evaluate import TeamResult
     from mipipe.planner.teams.found import Found
+    from mipipe.planner.teams.prices.degrees import Degrees
 
 AXIS_NAMES = {"tensor": "tensor", "context": "context", "expert": "expert", "data": "data"}
 
@@ -26,7 +27,7 @@ def print_team(console: Console, result: TeamResult, how: str) -> None:
     say = _Say(console)
     say(f"{result.plan.problem.name}: {how}")
     say(f"degrees: {degrees.text()} (mesh, fastest axis first: {mesh(result)}); microbatch {degrees.microbatch},"
-        f" {result.plan.problem.num_microbatches} microbatches; {zero_text(degrees.zero)};"
+        f" {result.plan.problem.num_microbatches} microbatches; {zero_text(degrees)};"
         f" recomputation {recompute_text(result)}")
     modes = branch_modes(result.plan)
     if modes:
@@ -70,8 +71,12 @@ def recompute_text(result: TeamResult) -> str:
     return ", ".join(f"{mode} in {count}" for mode, count in pieces.most_common()) + " pieces"
 
 
-def zero_text(zero: int) -> str:
+def zero_text(degrees: Degrees) -> str:
     """What copies divide among them."""
+    zero = degrees.zero
+    if zero and degrees.copies == 1:
+        return "one copy, so " + ("nothing sharded" if degrees.expert == 1 or degrees.expert_copies == 1 else
+                                  "optimizer state of experts alone sharded")
     return ("nothing sharded over copies", "optimizer state sharded over copies (ZeRO-1)",
             "optimizer state and gradients sharded over copies (ZeRO-2)",
             "parameters, gradients and optimizer state sharded over copies (ZeRO-3)")[zero]
@@ -161,8 +166,6 @@ def not_executed(result: TeamResult) -> list[str]:
                      + (" and parameters" if degrees.zero > 2 else "") + " of experts take more memory than told here")
     elif shared > 1 and degrees.zero and degrees.expert == 1 and degrees.team > 1:
         found.append("members of a team do not divide the state of the experts that each of them has whole")
-    if degrees.zero and degrees.context > 1:
-        found.append("members along the context axis do not divide the optimizer's state")
     return [f"`mipipe train` runs this plan, but {'; '.join(found)}"] if found and "refuses" not in found[0] else \
         found or ["`mipipe train` runs this plan"]
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from mipipe.graphs.again import with_again
 from mipipe.graphs.costs.fusion import heavy, kept
-from mipipe.graphs.costs.split_rules import ATTENTION, weight_of
+from mipipe.graphs.costs.products import ATTENTION, weight_of
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import Operator, OperatorGraph, Phase, SegmentTrace
 

@@ -1,28 +1,25 @@
 """The collectives of a team's members in every phase of a segment, by its shapes: those of the published recipes.
 
-- ``tensor``: one all-reduce of the result after the products by rows, one of the input's gradient (Shoeybi et al.,
-  2019);
-- ``sequence``: an all-gather and a reduce-scatter in their place, and activations between blocks in parts (Korthikanti
-  et al., "Reducing activation recomputation in large transformer models", MLSys 2023);
+- ``tensor``, ``sequence``, ``context``: those of the members' programs (`TeamShare`), where these are known;
 - experts: tokens sent to their experts and back, forward and backward (Lepikhin et al., "GShard", ICLR 2021); every
   member sends its part of the sequence, whatever the mode, and rows are even over experts; in ``tensor`` mode what
   comes back, and its gradient, is gathered;
 - ``batch``: none within a segment;
-- context: keys and values gathered before attention, their gradients reduced and scattered (Dubey et al., "The Llama 3
-  herd of models", 2024, section 3.3.2).
-
-Left out: the second all-gather of ``sequence`` before weight gradients (it runs beside the input gradient's product).
+- else ``context``: keys and values gathered before attention, their gradients reduced and scattered (Dubey et al.,
+  "The Llama 3 herd of models", 2024, section 3.3.2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
-from mipipe.graphs.costs.split_rules import ATTENTION, SplitRules
-from mipipe.graphs.costs.trace_facts import TeamSplit, heads_of
+from mipipe.graphs.costs.products import ATTENTION
+from mipipe.graphs.costs.team_share import TeamShare
+from mipipe.graphs.costs.trace_facts import TeamSplit, TraceFacts, heads_of
 from mipipe.graphs.modes import Collective, CollectiveKind
-from mipipe.graphs.operator_graph import Operator, Phase, Role, SegmentTrace
+from mipipe.graphs.operator_graph import Operator, Phase, SegmentTrace
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,22 +27,31 @@ class ModeCollectives:
     """What the collectives of a segment depend on."""
 
     trace: SegmentTrace
-    role: Role
-    rules: SplitRules
+    facts: TraceFacts
     split: TeamSplit
+    shares: Sequence[TeamShare]
 
     def by_phase(self, phases: Iterable[Phase]) -> dict[Phase, list[Collective]]:
         """The collectives of every one of these phases."""
         split = self.split
         work: dict[Phase, list[Collective]] = {phase: [] for phase in phases}
-        if split.tensor > 1:
-            self._tensor(work)
-        if split.context > 1 and heads_of(self.trace) is not None:
+        known = {share.axis for share in self.shares}
+        for share in self.shares:
+            others = [other for other in self.shares if other is not share]
+            for phase, items in share.collectives.items():
+                for item, name in items:
+                    parts = split.batch * (1 if "context" in known else split.context) * math.prod(
+                        other.parts(name) for other in others)
+                    work[phase].append(replace(item, num_bytes=-(-item.num_bytes // parts)))
+        if split.tensor > 1 and "tensor" not in known and not split.sequence and self._routes():
+            for phase in (Phase.F, Phase.I):
+                if phase in work:
+                    work[phase].append(Collective(CollectiveKind.ALL_GATHER, "tensor", self._between()))
+        if split.context > 1 and "context" not in known and heads_of(self.trace) is not None:
             self._context(work)
-        if split.expert > 1 and self.rules.has("bank"):
+        if split.expert > 1 and self.facts.banks:
             for operator in self.trace.operators:
-                parameter = self.rules.products.get(operator.name)
-                if parameter is None or operator.phase is not Phase.F or self.rules.cuts[parameter] != "bank":
+                if operator.phase is not Phase.F or self.facts.products.get(operator.name) not in self.facts.banks:
                     continue
                 specs = {item.name: item.outputs[0] for item in self.trace.operators} | self.trace.specs
                 first = operator is self._banks()[0]
@@ -60,30 +66,7 @@ class ModeCollectives:
     def _banks(self) -> list[Operator]:
         """The products of the forward with banks of experts."""
         return [item for item in self.trace.phase_operators(Phase.F)
-                if self.rules.cuts.get(self.rules.products.get(item.name, ""), "") == "bank"]
-
-    def _tensor(self, work: dict[Phase, list[Collective]]) -> None:
-        rows, columns = self.rules.has("rows"), self.rules.has("columns")
-        size = self._between()
-        kinds = CollectiveKind
-        back = work.get(Phase.I, work[Phase.F])
-        if self.split.sequence:
-            if columns:
-                work[Phase.F].append(Collective(kinds.ALL_GATHER, "tensor", size))
-                back.append(Collective(kinds.REDUCE_SCATTER, "tensor", size))
-            if rows:
-                work[Phase.F].append(Collective(kinds.REDUCE_SCATTER, "tensor", size))
-                work.get(Phase.I, work.get(Phase.W, work[Phase.F])).append(
-                    Collective(kinds.ALL_GATHER, "tensor", size))
-        else:
-            if rows:
-                work[Phase.F].append(Collective(kinds.ALL_REDUCE, "tensor", size))
-            if columns and Phase.I in work:
-                back.append(Collective(kinds.ALL_REDUCE, "tensor", size))
-            size = self._tokens() if self.role is Role.DISPATCH else size if self._routes() else 0
-            if size:
-                work[Phase.F].append(Collective(kinds.ALL_GATHER, "tensor", size))
-                back.append(Collective(kinds.ALL_GATHER, "tensor", size))
+                if self.facts.products.get(item.name) in self.facts.banks]
 
     def _routes(self) -> bool:
         """Whether tokens come in, and go to the segment's experts: not rows that another segment has sent."""
@@ -93,19 +76,10 @@ class ModeCollectives:
             rows, = made[rows]
         return rows is not None and rows not in self.trace.inputs
 
-    def _tokens(self) -> int:
-        """Bytes of the tokens that a segment sends to experts, on one member of the context axis."""
-        floats = [self.trace.specs[name].num_bytes for name in self.trace.inputs
-                  if "float" in self.trace.specs[name].dtype]
-        return -(-max(floats, default=0) // self.split.context)
-
     def _between(self) -> int:
         """Bytes of the activation between blocks, on one member of the context axis."""
         floats = [self.trace.specs[name].num_bytes for name in self.trace.outputs
                   if name in self.trace.specs and self.trace.specs[name].shape]
-        if self.role is Role.HEAD:
-            floats = [self.trace.specs[name].num_bytes for name in self.trace.inputs
-                      if "float" in self.trace.specs[name].dtype]
         return -(-max(floats, default=0) // self.split.context)
 
     def _context(self, work: dict[Phase, list[Collective]]) -> None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from mipipe.graphs.costs.forward_lives import Life, forward_lives
 from mipipe.graphs.costs.fusion import Kernel, LiveTensor, kept, kernels, made_in_backward, origins
-from mipipe.graphs.costs.split_rules import ATTENTION, SplitRules, split_rules
-from mipipe.graphs.operator_graph import Phase, Role, SegmentTrace
+from mipipe.graphs.costs.products import ATTENTION, banks_of, products_of
+from mipipe.graphs.operator_graph import Phase, SegmentTrace
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +44,13 @@ def heads_of(trace: SegmentTrace) -> tuple[int, int] | None:
 
 @dataclass(frozen=True, slots=True)
 class TraceFacts:
-    """What estimates need to know of a trace, whatever the team: its rules, its kernels where they are fused (else
-    none), what fused kernels keep, ``late`` of it from I on, what F has in memory (``lives``), and the names among it,
-    and of inputs, that stay for the backward (``stays``)."""
+    """What estimates need to know of a trace, whatever the team: its ``products`` with a parameter, or to the gradient
+    of one, with that parameter, the ``banks`` of experts among these, its kernels where they are fused (else none),
+    what fused kernels keep, ``late`` of it from I on, what F has in memory (``lives``), and the names among it, and of
+    inputs, that stay for the backward (``stays``)."""
 
-    rules: SplitRules
+    products: dict[str, str]
+    banks: frozenset[str]
     kernels: tuple[Kernel, ...]
     kept: tuple[LiveTensor, ...]
     late: frozenset[str]
@@ -56,12 +58,14 @@ class TraceFacts:
     stays: frozenset[str]
 
 
-def trace_facts(trace: SegmentTrace, role: Role, *, fused: bool = True, attention_again: bool = False,
+def trace_facts(trace: SegmentTrace, *, fused: bool = True, attention_again: bool = False,
                 cut: bool | None = None) -> TraceFacts:
     """The facts of one trace, as for `estimated_profile`."""
     again = (f"{ATTENTION}.",) if attention_again else ()
     cut = fused if cut is None else cut
     chosen, origin = tuple(kept(trace, again)) if cut else (), origins(trace)
     stays = [item.name for item in chosen] if cut else [item.alias or item.name for item in trace.saved]
-    return TraceFacts(split_rules(trace, role), tuple(kernels(trace)) if fused else (), chosen, made_in_backward(trace),
-                      forward_lives(trace, fused), frozenset(origin.get(name, name) for name in stays))
+    products = products_of(trace)
+    return TraceFacts(products, banks_of(trace, products), tuple(kernels(trace)) if fused else (), chosen,
+                      made_in_backward(trace), forward_lives(trace, fused),
+                      frozenset(origin.get(name, name) for name in stays))

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mipipe.graphs.errors import GraphError
+from mipipe.graphs.modes import CollectiveKind
 from mipipe.graphs.operator_graph import Operator, Phase, SegmentTrace, TensorSpec
 from mipipe.graphs.operators import kernels  # noqa: F401  (registers operators that traces name)
 from mipipe.graphs.operators.expert_kernels import ROUTE
@@ -35,6 +36,14 @@ _ZEROS = {"aten.new_zeros.default", "aten.zeros.default", "aten.zeros_like.defau
 _PENALTY = 1000.0
 """How much worse it is to gather a parameter, or to scatter its gradient, than activations of its size: a mode divides
 parameters so that they stay divided."""
+
+def _sends(source: Part, target: Part, num_bytes: int, size: int) -> tuple[CollectiveKind, int]:
+    """The collective of a change of layout that sends something, and its bytes."""
+    if source.kind is Kind.DIVIDED:
+        return (CollectiveKind.ALL_GATHER, num_bytes) if target == WHOLE else (
+            CollectiveKind.ALL_TO_ALL, num_bytes // size)
+    return CollectiveKind.ALL_REDUCE if target == WHOLE else CollectiveKind.REDUCE_SCATTER, num_bytes
+
 
 Scatter = Callable[[tuple[int, ...]], Part | None]
 
@@ -69,7 +78,8 @@ class Assignment:
 
     ``sent``: bytes, an all-reduce counted twice, without what puts gradients of whole parameters together (a recipe
     divides such parameters); ``gathered``: those of them that put parts together in F and I.
-    ``ends``: how outputs, updates and gradients are to leave.
+    ``ends``: how outputs, updates and gradients are to leave. ``collectives``: of every one its phase, kind, bytes as
+    `mipipe.graphs.modes.Collective` has them, and the tensor (an operator's own are its result's).
     """
 
     choices: dict[str, Choice]
@@ -78,6 +88,7 @@ class Assignment:
     sent: float
     gathered: float
     flops: float
+    collectives: tuple[tuple[Phase, CollectiveKind, int, str], ...]
 
 
 def specs_of(trace: SegmentTrace) -> dict[str, TensorSpec]:
@@ -110,6 +121,7 @@ class _Pass:
         self.results: dict[str, tuple[Part, ...]] = {}
         self.have: set[tuple[str, Part, bool]] = set()
         self.sent = self.gathered = self.flops = self.last = 0.0
+        self.collectives: list[tuple[Phase, CollectiveKind, int, str]] = []
 
     def _change(self, name: str, need: Part, backward: bool) -> tuple[str, Part, bool]:
         """A change of layout; what F gathered is gathered again in the backward."""
@@ -170,6 +182,9 @@ class _Pass:
         backward = phase is not Phase.F
         self.last = price = self.price(name, need, backward) or 0.0
         self.sent += price
+        if price:
+            self.collectives.append((phase, *_sends(self.parts[name], need, self.specs[name].num_bytes,
+                                                    self.layouts.size), name))
         if self.parts[name].kind is Kind.DIVIDED and phase is not Phase.W:
             self.gathered += price
         if self.parts[name].kind is Kind.PARTIAL:  # from now on it is there as a sum
@@ -207,7 +222,7 @@ def assign(trace: SegmentTrace, layouts: Layouts, specs: Mapping[str, TensorSpec
             if not keep:
                 run.use(name, ends[name], phase)
                 run.sent -= run.last if phase is Phase.W else 0.0
-    return Assignment(choices, run.born, leaving, run.sent, run.gathered, run.flops)
+    return Assignment(choices, run.born, leaving, run.sent, run.gathered, run.flops, tuple(run.collectives))
 
 
 def forward_parts(trace: SegmentTrace, layouts: Layouts) -> dict[str, Part]:
@@ -241,6 +256,7 @@ def _step(run: _Pass, op: Operator, choices: dict[str, Choice], ends: Mapping[st
     for name, need in choice.needs.items():
         run.use(name, need, op.phase)
     run.sent += choice.sent
+    run.collectives += [(op.phase, kind, size, op.name) for kind, size in choice.inside]
     run.flops += op.flops * choice.share
     run.results[op.name] = choice.gives
     if choice.gives:

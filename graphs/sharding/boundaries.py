@@ -42,7 +42,9 @@ class Streams:
         return None
 
     def scatter(self, shape: Sequence[int], size: int) -> Part | None:
-        """`sequence`, also for tensors with heads, [B,S,H,D] and [B,H,S,D]."""
+        """`sequence`, also for tensors with heads, [B,S,H,D] and [B,H,S,D]; not for a number of each row [..,1]."""
+        if shape[-1:] == (1,):
+            return None
         for dim in (1, 2) if len(shape) == 4 else ():
             if (shape[0], shape[dim]) in self.pairs and shape[dim] > 1 and fits(shape, divided(dim), size):
                 return divided(dim)

@@ -75,6 +75,17 @@ class Builder:
             self._own[offsets] = mine[0], self.emit(aten.slice.Tensor, mine[1], 0, 0, 1)
         return self._own[offsets]
 
+    def among_zeros(self, x: fx.Node, part: Part) -> fx.Node:
+        """The whole tensor of which x is this member's part, with zeros where others have theirs."""
+        shape = list(x.meta["val"].shape)
+        length = shape[part.dim] // part.sections
+        starts = self.emit(aten.arange.start_step, 0, shape[part.dim] * self.size, length * self.size, device=CPU)
+        places = self.emit(aten.add.Tensor, self.emit(aten.unsqueeze.default, starts, 1), self.first(length))
+        places = self.emit(aten.add.Tensor, places, self.emit(aten.arange.default, length, device=CPU))
+        shape[part.dim] *= self.size
+        return self.emit(aten.index_copy.default, self.emit(aten.new_zeros.default, x, shape), part.dim,
+                         self.view(places, [-1]), x)
+
     def change(self, x: fx.Node, source: Part, target: Part, offsets: fx.Node | None = None) -> fx.Node:
         """A tensor that lies as ``source``, as ``target``: made once, gathers once more in the backward."""
         if source == target or (source.kind is Kind.WHOLE and target.kind is Kind.OWNED):

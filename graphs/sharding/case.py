@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mipipe.graphs.modes import CollectiveKind
 from mipipe.graphs.operator_graph import Operator, TensorSpec
 from mipipe.graphs.sharding.parts import WHOLE, Kind, Part, fits
 
@@ -17,7 +18,8 @@ class Choice:
     ``needs``: how the tensors must lie that it reads (those left out may lie in any way, only their shapes matter);
     ``gives``: how each result lies. ``share``: the part of the operator's flops that a member has. ``args``: new values
     of positional arguments, for sizes that are a member's own. ``program``: the name of a program of
-    `mipipe.graphs.sharding.programs` that runs in the operator's place, with ``sent`` bytes inside it.
+    `mipipe.graphs.sharding.programs` that runs in the operator's place, with these collectives ``inside`` it (kinds,
+    and bytes as `mipipe.graphs.modes.Collective` has them; not those of a few numbers).
     """
 
     needs: Mapping[str, Part]
@@ -25,7 +27,12 @@ class Choice:
     share: float = 1.0
     args: Mapping[int, Any] = field(default_factory=dict)
     program: str = ""
-    sent: float = 0.0
+    inside: tuple[tuple[CollectiveKind, int], ...] = ()
+
+    @property
+    def sent(self) -> float:
+        """Bytes sent inside the program; an all-reduce counts twice."""
+        return sum((2.0 if kind is CollectiveKind.ALL_REDUCE else 1.0) * size for kind, size in self.inside)
 
 
 @dataclass(frozen=True)

@@ -65,17 +65,9 @@ def member_program(graph: OperatorGraph, trace: SegmentTrace, mode: str, size: i
     if has_dynamic_rows(trace):
         raise GraphError(f"trace {trace.digest}: picks rows by data, so members of a team would differ; capture the"
                          " model with grouped experts")
-    streams, axis = Streams(graph), axis or AXES[mode]
+    axis = axis or AXES[mode]
     segment = segment or next(item for item in graph.segments if item.trace == trace.digest)
-    lies = lies or boundary_parts(graph, {item.name: mode for item in graph.segments}, streams, size)
-    given = {name: part for name, part in (fixed or {}).items() if part != WHOLE}
-    boundary = segment_layouts(trace, segment, lies, mode, streams, size)
-    with naming(segment):
-        if not set(trace.parameters) | set(trace.buffers) <= set(fixed or {}):
-            given = {name: part for name, part in {**mode_recipe(trace, mode, boundary), **(fixed or {})}.items()
-                     if part != WHOLE}
-        boundary = refine(trace, replace(boundary, given={**boundary.given, **given}))
-        assignment = assign(trace, boundary)
+    boundary, assignment = assigned(graph, trace, mode, size, fixed or {}, segment=segment, lies=lies)
     try:
         program = build_member(trace, boundary, axis, assignment)
     except GraphError:
@@ -85,7 +77,34 @@ def member_program(graph: OperatorGraph, trace: SegmentTrace, mode: str, size: i
         raise GraphError(f"segment {segment.name}: mode {mode} on {size} members: an operator does not run on a"
                          f" member's sizes: {line[:300]}; leave this mode out") from error
     return MemberProgram(program, mode, axis, size, boundary.given, assignment.ends,
-                         tuple(_reasons(trace, boundary, assignment, mode)))
+                         tuple(reasons(trace, boundary, assignment, mode)))
+
+
+def assigned(graph: OperatorGraph, trace: SegmentTrace, mode: str, size: int, fixed: Mapping[str, Part], *,
+             segment: Segment | None = None, lies: Mapping[str, Part] | None = None,
+             recipes: dict[object, Mapping[str, Part]] | None = None) -> tuple[Layouts, Assignment]:
+    """How one of a graph's traces is divided: arguments as for `member_program`; ``recipes``: those known already."""
+    streams = Streams(graph)
+    segment = segment or next(item for item in graph.segments if item.trace == trace.digest)
+    lies = lies or boundary_parts(graph, {item.name: mode for item in graph.segments}, streams, size)
+    given = {name: part for name, part in fixed.items() if part != WHOLE}
+    boundary = segment_layouts(trace, segment, lies, mode, streams, size)
+    with naming(segment):
+        if not set(trace.parameters) | set(trace.buffers) <= set(fixed):
+            own = recipe_of(trace, mode, boundary, {} if recipes is None else recipes)
+            given = {name: part for name, part in {**own, **fixed}.items() if part != WHOLE}
+        boundary = refine(trace, replace(boundary, given={**boundary.given, **given}))
+        return boundary, assign(trace, boundary)
+
+
+def recipe_of(trace: SegmentTrace, mode: str, boundary: Layouts,
+              known: dict[object, Mapping[str, Part]]) -> Mapping[str, Part]:
+    """`mode_recipe`, found once for all boundaries with the same tokens on their way to experts (``known``)."""
+    key = (trace.digest, "tensor" if mode == "sequence" else mode, boundary.size,
+           tuple(item for item in boundary.given.items() if item[1].routed))
+    if key not in known:
+        known[key] = mode_recipe(trace, mode, boundary)
+    return known[key]
 
 
 def mode_recipe(trace: SegmentTrace, mode: str, boundary: Layouts) -> dict[str, Part]:
@@ -99,7 +118,7 @@ def mode_recipe(trace: SegmentTrace, mode: str, boundary: Layouts) -> dict[str, 
     return expert_recipe(trace, plain) if mode == "expert" else {}
 
 
-def _reasons(trace: SegmentTrace, layouts: Layouts, assignment: Assignment, mode: str) -> Iterator[str]:
+def reasons(trace: SegmentTrace, layouts: Layouts, assignment: Assignment, mode: str) -> Iterator[str]:
     """What a mode leaves undivided, and why."""
     size, heads_whole = layouts.size, False
     for op in trace.phase_operators(Phase.F):
@@ -112,12 +131,16 @@ def _reasons(trace: SegmentTrace, layouts: Layouts, assignment: Assignment, mode
                 yield f"attention: {heads} heads do not divide by {size} members"
             elif spec.shape[1] % size:
                 yield f"keys and values: {spec.shape[1]} heads do not divide by {size} members"
+            if not heads % size and assignment.choices[op.name].share == 1:
+                heads_whole = True
+                yield "attention: what makes its queries, keys and values does not divide by heads"
     if mode in ("tensor", "sequence") and not heads_whole:
         for name in matrices(trace):
             shape = trace.specs[name].shape
             if name not in layouts.given:
-                odd = not any(length % size == 0 for length in shape)
-                yield f"{name}: " + (f"no size of {list(shape)} divides by {size}" if odd else
+                odd = [length for length in shape if length % size]
+                yield f"{name}: " + (f"no size of {list(shape)} divides by {size}" if len(odd) == len(shape) else
+                                     f"{odd[0]} of {list(shape)} does not divide by {size} members" if odd else
                                      "dividing it would send more than it saves")
     elif mode in ("batch", "context"):
         if not any(part.kind is Kind.DIVIDED for part in (*layouts.given.values(), *layouts.wanted.values())):
@@ -172,8 +195,10 @@ def with_modes(graph: OperatorGraph, modes: Sequence[str], teams: Sequence[int],
     return replace(graph, modes=GraphModes(tuple(found)))
 
 
-def settle_shared(graph: OperatorGraph, mode: str, size: int) -> dict[str, dict[str, Part]]:
-    """Divisions of parameters that segments with different recipes share, by trace and name.
+def settle_shared(graph: OperatorGraph, mode: str, size: int,
+                  recipes: dict[object, Mapping[str, Part]] | None = None) -> dict[str, dict[str, Part]]:
+    """Divisions of parameters that segments with different recipes share, by trace and name; ``recipes``: as for
+    `assigned`.
 
     A tensor lies in one way on a member, so what two traces would divide differently (a tied embedding in a head that
     keeps it whole) stays whole in both.
@@ -187,14 +212,14 @@ def settle_shared(graph: OperatorGraph, mode: str, size: int) -> dict[str, dict[
     traces = {trace.digest: trace for trace in graph.traces}
     streams, first = Streams(graph), {segment.trace: segment for segment in reversed(graph.segments)}
     lies = boundary_parts(graph, {item.name: mode for item in graph.segments}, streams, size) if shared else {}
-    recipes: dict[str, dict[str, Part]] = {}
+    found: dict[str, Mapping[str, Part]] = {}
     settled: dict[str, dict[str, Part]] = {}
     for places in shared.values():
         for digest, _ in places:
-            if digest not in recipes and not has_dynamic_rows(traces[digest]):
+            if digest not in found and not has_dynamic_rows(traces[digest]):
                 boundary = segment_layouts(traces[digest], first[digest], lies, mode, streams, size)
-                recipes[digest] = mode_recipe(traces[digest], mode, boundary)
-        if len({recipes.get(digest, {}).get(name, WHOLE) for digest, name in places}) > 1:
+                found[digest] = recipe_of(traces[digest], mode, boundary, {} if recipes is None else recipes)
+        if len({found.get(digest, {}).get(name, WHOLE) for digest, name in places}) > 1:
             for digest, name in places:
                 settled.setdefault(digest, {})[name] = WHOLE
     return settled

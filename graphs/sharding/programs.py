@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from mipipe.graphs.sharding.builder import CPU, Builder, aten, team
 from mipipe.graphs.sharding.case import Choice
+from mipipe.graphs.sharding.parts import WHOLE, Kind, Part
 
 Program = Callable[..., Any]
 
@@ -37,6 +38,17 @@ def addmm_part(b: Builder, choice: Choice, target: Any, bias: fx.Node, x: fx.Nod
                **kwargs: Any) -> fx.Node:
     """A part of the product and an equal part of the bias."""
     return b.emit(target, b.emit(aten.mul.Scalar, bias, 1.0 / b.size), x, y, **kwargs)
+
+
+def add_to_sum(b: Builder, choice: Choice, target: Any, x: fx.Node, y: fx.Node, **kwargs: Any) -> fx.Node:
+    """A part of a sum, and of what is added to it an equal share where every member has all, else the member's part."""
+    def share(item: fx.Node, part: Part) -> fx.Node:
+        if part.kind is Kind.DIVIDED:
+            return b.among_zeros(item, part)
+        return b.emit(aten.mul.Scalar, item, 1.0 / b.size) if part == WHOLE else item
+
+    x, y = (share(item, part) for item, part in zip((x, y), choice.needs.values(), strict=True))
+    return b.emit(target, x, y, **kwargs)
 
 
 def _local(b: Builder, index: fx.Node, rows: int) -> tuple[fx.Node, fx.Node]:
@@ -193,6 +205,6 @@ def grouped_own_weight(b: Builder, choice: Choice, op: Any, x: fx.Node, grad: fx
 
 
 PROGRAMS: dict[str, Program] = {function.__name__: function for function in (
-    mean_part, copied, addmm_part, embedding_rows, embedding_rows_backward, log_softmax, log_softmax_backward,
-    nll_loss_rows, nll_loss_classes, nll_loss_classes_backward, attention_few_keys, attention_few_keys_backward,
-    attention_queries, attention_queries_backward, grouped_own, grouped_own_weight)}
+    mean_part, copied, addmm_part, add_to_sum, embedding_rows, embedding_rows_backward, log_softmax,
+    log_softmax_backward, nll_loss_rows, nll_loss_classes, nll_loss_classes_backward, attention_few_keys,
+    attention_few_keys_backward, attention_queries, attention_queries_backward, grouped_own, grouped_own_weight)}

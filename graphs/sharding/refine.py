@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from mipipe.graphs.operator_graph import Operator, SegmentTrace, TensorSpec
@@ -24,6 +24,7 @@ def refine(trace: SegmentTrace, layouts: Layouts) -> Layouts:
              and not now.born[name].routed]
     products = [op for op in trace.operators
                 if (op.kind == "aten.mul.Tensor" and len(op.inputs) == 2) or casts(op, specs)]
+    sums = [op for op in trace.operators if adds(op, specs)]
 
     def better(made: Layouts) -> bool:
         nonlocal now, chosen
@@ -35,13 +36,23 @@ def refine(trace: SegmentTrace, layouts: Layouts) -> Layouts:
 
     for name in early:
         better(replace(chosen, early=chosen.early | {name}))
-    while True:
-        summed = {op.name for op in products if PARTIAL in [now.born[name] for name in op.inputs]} - chosen.deferred
-        if not summed or not better(replace(chosen, deferred=chosen.deferred | summed)):
-            break
+    def summed(ops: Sequence[Operator]) -> frozenset[str]:
+        """Those of the operators that read a sum and are not deferred yet."""
+        return frozenset(op.name for op in ops
+                         if PARTIAL in [now.born[name] for name in op.inputs]) - chosen.deferred
+
+    while any((more := summed(ops)) and better(replace(chosen, deferred=chosen.deferred | more))
+              for ops in (sums, products)):
+        pass
     for name in sorted(chosen.deferred):
         better(replace(chosen, deferred=chosen.deferred - {name}))
     return chosen
+
+
+def adds(op: Operator, specs: Mapping[str, TensorSpec]) -> bool:
+    """Whether an operator adds two tensors of one shape: to a sum each member may add its share of the other."""
+    return (op.kind == "aten.add.Tensor" and len(op.inputs) == 2
+            and all(specs[name] == op.outputs[0] for name in op.inputs))
 
 
 def casts(op: Operator, specs: Mapping[str, TensorSpec]) -> bool:

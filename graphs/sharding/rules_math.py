@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
+from mipipe.graphs.modes import CollectiveKind
+from mipipe.graphs.operator_graph import DTYPE_BYTES
 from mipipe.graphs.sharding.case import Case, Choice, positive
 from mipipe.graphs.sharding.parts import PARTIAL, WHOLE, Kind, Part
 from mipipe.graphs.sharding.rules_views import Rule
@@ -27,8 +30,10 @@ def pointwise(case: Case) -> Iterator[Choice | None]:
     kinds = [case.parts[name].kind for name in names]
     if set(kinds) == {Kind.PARTIAL} and _is_linear(case) and all(case.shape(name) == out for name in names):
         yield case.choice(dict.fromkeys(names, PARTIAL), PARTIAL)
-    if case.deferred and kinds.count(Kind.PARTIAL) == 1 and set(kinds) <= {Kind.PARTIAL, Kind.WHOLE}:
-        yield case.choice({name: case.parts[name] for name in names}, PARTIAL)
+    adds = case.op.kind == "aten.add.Tensor"
+    if case.deferred and kinds.count(Kind.PARTIAL) == 1 and set(kinds) <= (
+            {Kind.PARTIAL, Kind.WHOLE, Kind.DIVIDED} if adds else {Kind.PARTIAL, Kind.WHOLE}):
+        yield case.choice({name: case.parts[name] for name in names}, PARTIAL, program="add_to_sum" if adds else "")
     wanted: dict[Part, None] = {}
     for name in names:
         part, shift = case.parts[name], len(out) - len(case.shape(name))
@@ -127,8 +132,9 @@ def log_softmax(case: Case) -> Iterator[Choice | None]:
     dim = positive(case.value(2 if backward else 1), len(shape))
     for part in case.divisions(*case.op.inputs):
         if part.dim == dim:
-            rows = case.specs[name].num_bytes / shape[dim]
-            yield case.choice(dict.fromkeys(case.op.inputs, part), part, sent=(2.0 if backward else 4.0) * rows,
+            rows = math.prod(shape) // shape[dim] * max(4, DTYPE_BYTES[case.specs[name].dtype])
+            yield case.choice(dict.fromkeys(case.op.inputs, part), part,
+                              inside=((CollectiveKind.ALL_REDUCE, rows),) * (1 if backward else 2),
                               program="log_softmax_backward" if backward else "log_softmax")
 
 

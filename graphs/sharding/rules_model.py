@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from mipipe.graphs.modes import CollectiveKind
 from mipipe.graphs.sharding.case import Case, Choice, positive
 from mipipe.graphs.sharding.parts import PARTIAL, WHOLE, Kind, Part, divided
 from mipipe.graphs.sharding.rules_views import Rule
@@ -171,8 +172,9 @@ def attention(case: Case) -> Iterator[Choice | None]:
                 yield case.choice({**whole_heads, k: part, v: part}, *(part,) * (3 if back else 2), share=share)
             elif heads % case.size == 0 and case.size % groups == 0:
                 gives = (part, WHOLE, WHOLE) if back else (part, part)
-                sent = 2.0 * case.specs[k].num_bytes * case.size / groups if back else 0.0
-                yield case.choice({**whole_heads, k: WHOLE, v: WHOLE}, *gives, share=share, sent=sent,
+                each = CollectiveKind.ALL_GATHER, case.specs[k].num_bytes * case.size // groups
+                yield case.choice({**whole_heads, k: WHOLE, v: WHOLE}, *gives, share=share,
+                                  inside=(each, each) if back else (),
                                   program="attention_few_keys_backward" if back else "attention_few_keys")
         elif dim == 2 and mask is None and sinks is None and part.sections == 1:
             needs = {**dict.fromkeys(queries, part), k: WHOLE, v: WHOLE}

@@ -149,6 +149,16 @@ def cat(case: Case) -> Iterator[Choice | None]:
             yield case.choice(dict.fromkeys(names, part), divided(dim, part.sections * len(names)))
 
 
+def stack(case: Case) -> Iterator[Choice | None]:
+    """Side by side along a new dimension: divided as all of them are."""
+    names = [name for name in case.names(0) if name is not None]
+    dim = positive(case.value(1, 0), len(case.out))
+    if {case.parts[name].kind for name in names} == {Kind.PARTIAL}:
+        yield case.choice(dict.fromkeys(names, PARTIAL), PARTIAL)
+    for part in case.divisions(*names):
+        yield case.choice(dict.fromkeys(names, part), part.at(part.dim + (part.dim >= dim)))
+
+
 def split(case: Case) -> Iterator[Choice | None]:
     """``split(x, size or sizes, dim)``, ``unbind(x, dim)``: any dimension but the divided one, or whole sections."""
     name = case.name(0)
@@ -191,6 +201,7 @@ VIEWS: dict[str, Rule] = {
     "aten.unsqueeze.default": unsqueeze, "aten.squeeze.dim": squeeze, "aten.squeeze.dims": squeeze,
     "aten.squeeze.default": squeeze, "aten.select.int": select, "aten.expand.default": expand,
     "aten.slice.Tensor": slice_, "aten.slice_backward.default": slice_backward,
-    "aten.select_backward.default": slice_backward, "aten.cat.default": cat, "aten.split.Tensor": split,
-    "aten.slice_scatter.default": slice_scatter, "aten.split_with_sizes.default": split, "aten.unbind.int": split,
+    "aten.select_backward.default": slice_backward, "aten.cat.default": cat, "aten.stack.default": stack,
+    "aten.split.Tensor": split, "aten.slice_scatter.default": slice_scatter, "aten.split_with_sizes.default": split,
+    "aten.unbind.int": split,
 }

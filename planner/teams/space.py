@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, combinations, count
 
-from mipipe.graphs.costs.split_rules import ATTENTION
+from mipipe.graphs.costs.products import ATTENTION
 from mipipe.graphs.operator_graph import DTYPE_BYTES, Role
 from mipipe.planner.teams.bounds.of_degrees import bound_of, seconds_in_kernels
 from mipipe.planner.teams.prices.degrees import Degrees, Recompute
 from mipipe.planner.teams.prices.pieces import ModelPieces, misfit, samples_misfit
 from mipipe.planner.teams.prices.pricing import Pricer
+from mipipe.planner.teams.prices.resident import state_copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,8 +245,9 @@ def roughly_fits(pricer: Pricer, degrees: Degrees) -> bool:
     machine = pricer.machine
     size = DTYPE_BYTES[machine.dtype]
     total = held.kept * degrees.microbatch
-    for num_bytes, trained, copies in ((held.dense, held.trained_dense, degrees.context * degrees.copies),
-                                       (held.experts, held.trained_experts, degrees.expert_copies)):
+    alike, experts = state_copies(machine, degrees)
+    for num_bytes, trained, copies in ((held.dense, held.trained_dense, alike),
+                                       (held.experts, held.trained_experts, experts)):
         shares = [copies if degrees.zero >= stage else 1 for stage in (1, 2, 3)]
         total += trained / size * (machine.state_bytes / shares[0] + machine.gradient_bytes / shares[1]) \
             + num_bytes / shares[2]

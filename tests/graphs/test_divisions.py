@@ -49,6 +49,11 @@ def fused(x, weight):
     return torch.tanh(q) * k + v
 
 
+def interleaved(x):
+    turned = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+    return x * 0.5 + turned * torch.arange(x.shape[-2])[:, None].to(x.dtype)
+
+
 def rotated(x):
     half = x.shape[-1] // 2
     return x * 0.5 + torch.cat((-x[..., half:], x[..., :half]), -1) * torch.arange(x.shape[-2])[:, None].to(x.dtype)
@@ -58,6 +63,8 @@ CASES = {
     "mlp": (lambda x, a, b: F.gelu(x @ a) @ b, {"x": (4, 4, 8), "a": (8, 16), "b": (16, 8)}),
     "biased": (lambda x, w, b, v, c: x + F.linear(F.silu(F.linear(x, w, b)), v, c),
                {"x": (4, 4, 8), "w": (16, 8), "b": (16,), "v": (8, 16), "c": (8,)}),
+    "unnormed": (lambda x, a, b, v: x + (F.silu(x @ a) * (x @ b)) @ v,
+                 {"x": (4, 4, 8), "a": (8, 16), "b": (8, 16), "v": (16, 8)}),
     "fused": (fused, {"x": (4, 8), "w": (8, 24)}),
     "squares": (lambda x, a: (x @ a) * (x @ a) + (x @ a).sum(0), {"x": (4, 8), "a": (8, 4)}),
     "norm": (lambda x, w, b: F.layer_norm(x, (8,), w, b), {"x": (4, 4, 8), "w": (8,), "b": (8,)}),
@@ -66,6 +73,7 @@ CASES = {
                                                                                              "w": (8, 16)}),
     "batched": (lambda a, b: torch.bmm(a, b).mean((0, 2)), {"a": (4, 4, 8), "b": (4, 8, 4)}),
     "rotated": (rotated, {"x": (4, 4, 4, 8)}),
+    "interleaved": (interleaved, {"x": (4, 4, 4, 8)}),
     "moved": (lambda x: torch.stack(x.permute(2, 0, 1).unbind(1)).unsqueeze(1).expand(4, 3, 8, 4).flip(0)[:, 1:],
               {"x": (4, 4, 8)}),
     "pieces": (lambda x: torch.cat([piece * (i + 1) for i, piece in enumerate(x.split(2, 1))], 1)[:, :-1].cumsum(0),
@@ -107,7 +115,7 @@ def traced(name):
                          {key: specs[key] for key in order if key not in first}, differentiable=wants)
 
 
-@pytest.mark.parametrize("name", ["biased", "windowed", "entropy", "experts"])
+@pytest.mark.parametrize("name", ["biased", "unnormed", "windowed", "entropy", "experts"])
 @settings(max_examples=3, deadline=None)
 @given(data=st.data())
 def test_some_divisions_are_right(name, data):

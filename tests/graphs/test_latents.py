@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from mipipe.graphs.capture.model import capture_module
-from mipipe.graphs.costs.estimate_modes import TeamSplit, estimated_profile
 from mipipe.graphs.costs.latents import graph_with_latents_again, up_projections, with_latents_again
 from mipipe.graphs.errors import GraphError
-from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role, SegmentTrace
+from mipipe.graphs.operator_graph import OperatorGraph, Phase, SegmentTrace
 from mipipe.graphs.tracing.compose import parameter_tensors, run_step
 
 HIDDEN, LATENT, HEADS, WIDTH, ROWS = 16, 4, 4, 8, 6
@@ -97,18 +94,3 @@ def test_what_is_no_latent_is_left_alone(kind: str) -> None:
     assert all(up_projections(trace) == () and with_latents_again(trace) is trace for trace in graph.traces)
     with pytest.raises(GraphError, match=f"segment {next(iter(own(graph)))}: has no up-projections of latents"):
         graph_with_latents_again(graph, graph, own(graph))
-
-
-def test_members_of_a_team_make_their_part_again() -> None:
-    """By columns, as in the forward: the product, what is made of it and what is kept are divided alike."""
-    _, _, graph = captured("latent")
-    once = list(own(graph).values())[1]
-    again = with_latents_again(once)
-    for members in (1, 4):
-        split = TeamSplit(members)
-        first, second = (estimated_profile(each, Role.ATTENTION, split) for each in (once, again))
-        assert second.phases[Phase.I].flops - first.phases[Phase.I].flops == \
-            2 * 2 * ROWS * LATENT * 3 * HEADS * WIDTH // members
-        spared = first.kept.fi + first.kept.fw - second.kept.fi - second.kept.fw
-        assert spared * members == pytest.approx(2 * ROWS * 3 * HEADS * WIDTH * 8, rel=0.35)
-        assert dataclasses.replace(second.resident) == first.resident

@@ -159,6 +159,44 @@ def test_sequences_are_gathered_and_scattered(llama, name):
     assert sum(item.num_bytes for item in made.trace.saved if item.source is Phase.F) * 4 <= sum(size.values()) * 1.05
 
 
+class Unnormed(torch.nn.Module):
+    """A block whose input three matrices read with no norm between, one of them through interleaved pairs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (torch.nn.Linear(32, 64, bias=False) for _ in range(3))
+        self.down = torch.nn.Linear(64, 32, bias=False)
+
+    def forward(self, x):
+        pairs = self.b(x).view(*x.shape[:-1], 8, 8)
+        turned = torch.stack((-pairs[..., 1::2], pairs[..., ::2]), -1).flatten(-2)
+        return x + self.down(torch.relu(self.a(x)) * (pairs + turned).flatten(-2) * torch.relu(self.c(x)))
+
+
+class Unnormeds(torch.nn.Module):
+    """Three such blocks and a loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([Unnormed(), Unnormed(), Unnormed()])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return {"loss": x.square().mean()}
+
+
+@pytest.mark.parametrize("mode, sends", [("tensor", [["all_reduce"], ["all_reduce"], []]), (
+    "sequence", [["all_gather", "reduce_scatter"], ["all_gather", "reduce_scatter"], ["all_gather"]])])
+def test_a_block_without_a_norm_sums_once_each_way(mode, sends):
+    """Gradients of an input by several matrices and by the residual are added up before one sum over the members, of a
+    residual that each has a part of, too; pairs side by side are divided with their heads."""
+    graph = capture_module(Unnormeds(), {"x": torch.zeros(4, 16, 32)}, granularity="layer")
+    made = program(graph, "layers.1", mode, 4)[1]
+    assert [collectives(made, phase) for phase in Phase] == sends
+    assert sum(name.startswith("p_") for name in made.given) == 4
+
+
 def test_no_logits_are_gathered(llama):
     """Vocabulary-parallel cross-entropy: what crosses the team beside the input's gradient is a number per row."""
     _, made = program(llama, "lm_head", "tensor", 4)

@@ -182,7 +182,7 @@ def test_copies_that_share_experts_are_fewer(files, tmp_path, shared):
     degrees = Degrees(3, copies=copies, expert=copies, microbatch=equal.ROWS)
     plan = evaluate_teams(Pricer(model_pieces(graph), MACHINE), degrees, 4 * equal.ROWS).plan
     plan = with_task(replace(plan, problem=plan.problem.replace(graph_digest=digest(graph))),
-                     TeamTask(MACHINE, TeamOptions({"zero": 1}, time_limit_s=4.0, order=False)))
+                     TeamTask(MACHINE, TeamOptions({"zero": 1}, time_limit_s=12.0, order=False)))
     config = TrainConfig(4, checkpoint=CheckpointConfig(str(tmp_path), every=1))
     job = PreparedRun(plan, lower(plan), graph, config)
     check_world(job, 6)

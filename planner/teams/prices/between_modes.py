@@ -8,20 +8,21 @@ part. Left out: what a program changes more than once, as where attention and a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from mipipe.graphs.costs.split_rules import ATTENTION, SplitRules, only_through
+from mipipe.graphs.costs.products import ATTENTION, only_through
 from mipipe.graphs.modes import Collective, CollectiveKind, Layout, ModeProfile, PhaseWork
 from mipipe.graphs.operator_graph import Phase
 from mipipe.planner.teams.prices.degrees import Degrees
 from mipipe.planner.teams.prices.pieces import ModelPieces
 
 
-def resharded(model: ModelPieces, member: int, profile: ModeProfile, rules: SplitRules,
+def resharded(model: ModelPieces, member: int, profile: ModeProfile, columns: Collection[str],
               degrees: Degrees) -> tuple[dict[Phase, PhaseWork], dict[Phase, list[Collective]]]:
     """The phases of a segment (by index) that reads values of branches in other modes, and the collectives along the
-    tensor axis that these add: of a microbatch as captured, with the samples of all members."""
+    tensor axis that these add: of a microbatch as captured, with the samples of all members. ``columns``: its products
+    that members share by columns."""
     phases = dict(profile.phases)
     moved: dict[Phase, list[Collective]] = {phase: [] for phase in phases}
     trace, mode = model.index.traces[member], model.mode(member, degrees)
@@ -30,7 +31,7 @@ def resharded(model: ModelPieces, member: int, profile: ModeProfile, rules: Spli
         if source < 0 or model.mode(source, degrees) == mode:
             continue
         given, wanted = (model.layout(value, at, degrees) for at in (source, member))
-        through = mode != "batch" and only_through(trace, rules, name)
+        through = mode != "batch" and only_through(trace, columns, name)
         both = Layout.REPLICATED not in (given, wanted)
         if given is wanted or (both and through):
             continue

@@ -9,19 +9,23 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mipipe.graphs.coarse.graph_index import GraphIndex, index_graph
 from mipipe.graphs.coarse.totals import model_flops, num_sequences, num_tokens
 from mipipe.graphs.costs.latents import with_latents_again
-from mipipe.graphs.costs.split_rules import indivisible, split_rules
+from mipipe.graphs.costs.products import banks_of, products_of
+from mipipe.graphs.costs.team_share import TeamShare
 from mipipe.graphs.costs.trace_facts import TeamSplit, heads_of
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.exchange import exchanges
-from mipipe.graphs.modes import Layout
+from mipipe.graphs.modes import Collective, CollectiveKind, Layout
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role, SegmentTrace
 from mipipe.planner.teams.prices.branches import check_modes, encoders_of, together
 from mipipe.planner.teams.prices.degrees import RECOMPUTE, Degrees, Recompute
+
+if TYPE_CHECKING:
+    from mipipe.graphs.sharding.shares import TeamShares
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,32 @@ class ModelPieces:
             return TeamSplit(degrees.tensor, degrees.context, degrees.expert, mode == "sequence"), 1.0
         members = math.gcd(degrees.tensor, self.sequences)
         return TeamSplit(1, degrees.context, degrees.expert, batch=members), members / degrees.tensor
+
+    def shares(self, member: int, degrees: Degrees, context: bool = True) -> tuple[TeamShare, ...]:
+        """What members along the context (not without ``context``) and the tensor axis have of a segment (by index), as
+        a run of the plan divides it; none where tokens are sent to the segment's experts by devices that share all
+        else."""
+        mode, trace = self.mode(member, degrees), self.index.traces[member]
+        apart = degrees.expert > 1 and not exchanges(self.graph)
+        if apart and self.graph.segments[member].tags.role is Role.EXPERTS:
+            return ()
+        axes = [("context", degrees.context)] if context else []
+        axes += [(mode, degrees.tensor)] if mode != "batch" else []
+        found = tuple(self._shares.of(trace, name, size, apart) for name, size in axes if size > 1)
+        if len(found) > 1 and found[0].dims and (
+                self.graph.segments[member].tags.role is not Role.EMBEDDING or self._is_tied(member)):
+            return found[0], _left_whole(trace, found[1])
+        return found
+
+    def _is_tied(self, member: int) -> bool:
+        own = self.graph.segments[member].parameters
+        return any(self.index.parameters[name].tied_to or name in self.tied for name in own)
+
+    @cached_property
+    def _shares(self) -> TeamShares:
+        from mipipe.graphs.sharding.shares import TeamShares  # torch
+
+        return TeamShares(self.graph)
 
     def parts_between(self, member: int, degrees: Degrees) -> int:
         """Into how many parts a team divides what a segment (by index) gives to others."""
@@ -245,29 +275,37 @@ def _member_misfit(model: ModelPieces, member: int, degrees: Degrees) -> str | N
         if mode == "batch" and not exchanges(model.graph):
             return (f"expert={degrees.expert} divides the experts of {name} along the tensor axis, where --modes gives"
                     " their branch the mode batch; leave one of both out")
-        rules = split_rules(trace, Role.EXPERTS)
-        banks = {trace.specs[parameter].shape[0] for parameter, cut in rules.cuts.items() if cut == "bank"}
+        banks = {trace.specs[parameter].shape[0] for parameter in banks_of(trace, products_of(trace))}
         wrong = [size for size in banks if size % degrees.expert]
         if wrong:
             return f"expert={degrees.expert} does not divide the {wrong[0]} experts of {name}"
     return None
 
 
+def _left_whole(trace: SegmentTrace, share: TeamShare) -> TeamShare:
+    """The share of a loss by vocabulary that the context axis divides already: members along the other axis have what
+    comes in whole, for which it is gathered where it lies in parts."""
+    gathered = tuple((Collective(CollectiveKind.ALL_GATHER, share.axis, trace.specs[name].num_bytes), name)
+                     for name in trace.inputs if name in share.values)
+    return TeamShare(share.axis, share.size, collectives={Phase.F: gathered}, whole=(
+        "the vocabulary is divided over the context axis alone",))
+
+
+_SMALL = (Role.ROUTER, Role.DISPATCH, Role.COMBINE)
+
+
 def indivisible_of(model: ModelPieces, degrees: Degrees) -> tuple[str, ...]:
-    """What every member of the tensor axis has in whole as its size does not divide: a line for each size."""
+    """What every member of the tensor axis has in whole: a line for each reason, but of single matrices of a segment
+    that are cheaper so, and of routers."""
     found: dict[str, list[str]] = {}
     for piece in model.kinds if degrees.tensor > 1 else ():
         for member in piece.members:
-            if model.mode(member, degrees) == "batch":
-                continue
-            segment, trace, heads = model.graph.segments[member], model.index.traces[member], heads_of(
-                model.index.traces[member])
-            rules = split_rules(trace, segment.tags.role)
-            why = indivisible(rules, trace, degrees.tensor, None if heads is None else heads[1])
-            for reason in dict.fromkeys(why.values()):
-                found.setdefault(reason, []).append(segment.name)
-    return tuple(f"{', '.join(names)}: {reason} do not divide by tensor {degrees.tensor}"
-                 for reason, names in found.items())
+            segment = model.graph.segments[member]
+            for share in model.shares(member, degrees, False) if segment.tags.role not in _SMALL else ():
+                for reason in share.whole:
+                    if not (share.dims and "would send more" in reason):
+                        found.setdefault(reason, []).append(segment.name)
+    return tuple(f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in found.items())
 
 
 def _near(value: int, step: int) -> str:

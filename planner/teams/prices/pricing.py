@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 
 from mipipe.graphs.costs.collectives import collective_ns
 from mipipe.graphs.costs.estimate_modes import estimated_profile, forward_alive
+from mipipe.graphs.costs.team_share import TeamShare
 from mipipe.graphs.costs.trace_facts import TraceFacts, trace_facts
 from mipipe.graphs.efficiency import phase_seconds
 from mipipe.graphs.errors import InputError
@@ -67,13 +68,13 @@ class Pricer:
         self._fanouts: dict[str, float] = {}
         self._held: dict[tuple[int, object, Recompute, bool], int] = {}
         self._footprints: dict[object, Footprint] = {}
-        self._facts: dict[tuple[str, Role, bool], TraceFacts] = {}
+        self._facts: dict[tuple[str, bool], TraceFacts] = {}
         self._tied: dict[Degrees, tuple[TiedParameter, ...]] = {}
 
     def on(self, machine: Machine, measured: Sequence[LayerTimes] | None = None) -> Pricer:
         """The same model on another machine; profiles are shared where both have the same kernels."""
         other = Pricer(self.model, machine, measured)
-        if machine.kernels == self.machine.kernels:
+        if (machine.kernels, machine.context_too) == (self.machine.kernels, self.machine.context_too):
             other._profiles, other._facts, other.origins = self._profiles, self._facts, self.origins
         return other
 
@@ -110,7 +111,8 @@ class Pricer:
             return self._profiles[key]
         fused, flash, cut = self.machine.kernels
         estimate = estimated_profile(trace, role, split, fused=fused, attention_again=again, flash=flash,
-                                     cut=cut, facts=self.facts(member, degrees))
+                                     cut=cut, facts=self.facts(member, degrees),
+                                     shares=self.shares(member, degrees))
         plain = degrees.context == degrees.expert == 1 and split.tensor * split.batch > 1 and left == 1 and not again
         modes = self.model.graph.modes
         found = modes.find(trace.digest, split.mode, degrees.tensor) if plain and modes is not None else None
@@ -122,12 +124,21 @@ class Pricer:
 
     def facts(self, member: int, degrees: Degrees) -> TraceFacts:
         """What estimates know of a segment's trace where layers run again as these degrees say."""
-        trace, role = self.model.trace(member, degrees.recompute), self.model.graph.segments[member].tags.role
-        again = degrees.recompute == "selective"
-        key, (fused, _, cut) = (trace.digest, role, again), self.machine.kernels
+        trace, again = self.model.trace(member, degrees.recompute), degrees.recompute == "selective"
+        key, (fused, _, cut) = (trace.digest, again), self.machine.kernels
         if key not in self._facts:
-            self._facts[key] = trace_facts(trace, role, fused=fused, attention_again=again, cut=cut)
+            self._facts[key] = trace_facts(trace, fused=fused, attention_again=again, cut=cut)
         return self._facts[key]
+
+    def shares(self, member: int, degrees: Degrees) -> tuple[TeamShare, ...]:
+        """What members of a team of these degrees have of a segment."""
+        return self.model.shares(member, degrees, not self.machine.context_too)
+
+    def columns(self, member: int, degrees: Degrees) -> frozenset[str]:
+        """The products of a segment that members of the tensor axis share by columns."""
+        return frozenset(name for name, parameter in self.facts(member, degrees).products.items()
+                         for share in self.shares(member, degrees)
+                         if share.axis == "tensor" and parameter in share.dims and share.parts(name) > 1)
 
     def footprint(self, degrees: Degrees) -> Footprint:
         """The footprint on a team of these degrees."""
@@ -192,7 +203,7 @@ class Pricer:
         ahead = ahead_buffers = summed = 0
         for member in piece.members:
             profile, fanout = self.profile(member, degrees), self.fanout(member)
-            phases, moved = resharded(self.model, member, profile, self.facts(member, degrees).rules, degrees)
+            phases, moved = resharded(self.model, member, profile, self.columns(member, degrees), degrees)
             for phase, work in phases.items():
                 if self.model.index.runs(member, phase):
                     seconds = phase_seconds(work, machine.kind.achieved, flops=machine.kind.peak(machine.dtype),
@@ -251,7 +262,8 @@ class Pricer:
             waiting = [(last, size) for last, size in waiting if last >= position]
             elsewhere = stays[position] | {name for name, value in zip(trace.outputs, segment.outputs, strict=True)
                                            if value in kept}
-            own = forward_alive(trace, segment.tags.role, split, self.facts(member, degrees), elsewhere)
+            own = forward_alive(trace, segment.tags.role, split, self.facts(member, degrees), elsewhere,
+                                self.shares(member, degrees))
             most = max(most, own + sum(size for _, size in waiting))
             waiting += [(max((place.get(reader, len(place)) for reader in index.readers[value]), default=position),
                          -(-index.num_bytes[value] // parts)) for value in segment.outputs if value not in kept]

@@ -34,6 +34,13 @@ class PieceWork:
     summed: int = 0
 
 
+def state_copies(machine: Machine, degrees: Degrees) -> tuple[int, int]:
+    """Over how many devices ``zero`` divides what they hold of the same dense parameters, and of the same experts;
+    where experts are divided, or not, as all else is, as of that."""
+    alike = degrees.copies * (degrees.context if machine.context_too else 1)
+    return alike, degrees.expert_copies if degrees.expert > 1 else alike
+
+
 def held_cost(machine: Machine, degrees: Degrees, work: PieceWork, phases: Mapping[Phase, PhaseCost],
               kept: tuple[int, int, int]) -> PieceCost:
     """The price of a piece whose phases take so long, and which keeps so much (the first bytes of `PieceCost`): with
@@ -41,10 +48,12 @@ def held_cost(machine: Machine, degrees: Degrees, work: PieceWork, phases: Mappi
     found = dict(phases)
     size, summed_bytes, state_bytes = DTYPE_BYTES[machine.dtype], machine.gradient_bytes, machine.state_bytes
     (dense, experts), (trained, trained_experts), summed = work.held, work.trained, work.summed
-    alike = degrees.context * degrees.copies
-    classes = ((dense - summed, trained - summed, alike, degrees.tensor, 1),
-               (experts, trained_experts, degrees.expert_copies, degrees.expert, 1),
-               (summed, summed, alike, degrees.tensor, degrees.tensor))
+    alike, alike_experts = state_copies(machine, degrees)
+    along = degrees.context * degrees.copies // alike  # members with the same parameters that do not share state
+    stride = degrees.tensor * along
+    of_experts = (alike_experts, degrees.expert, 1) if degrees.expert > 1 else (alike, stride, along)
+    classes = ((dense - summed, trained - summed, alike, stride, along), (experts, trained_experts, *of_experts),
+               (summed, summed, alike, stride, degrees.tensor * along))
     weights = gradients = state = 0
     reduce = gather = touched = 0.0
     gathered = ahead = 0
@@ -63,7 +72,7 @@ def held_cost(machine: Machine, degrees: Degrees, work: PieceWork, phases: Mappi
         if members > 1:
             over = members if degrees.zero > 1 else members * copies
             reduce += collective_ns(machine.fabric, kinds.ALL_REDUCE, parameters * summed_bytes // shared[1],
-                                    over) / 1e9
+                                    over, degrees.tensor if members == along else 1) / 1e9
             spent[0] = spent[0] if degrees.zero > 1 else 0.0
         if degrees.zero < 2:
             reduce += spent[0]

@@ -19,7 +19,7 @@ from mipipe.planner.teams.prices.degrees import Degrees
 from mipipe.planner.teams.prices.machine import Machine
 from mipipe.planner.teams.prices.piece_cost import PhaseCost, PieceCost
 from mipipe.planner.teams.prices.pieces import ModelPieces
-from mipipe.planner.teams.prices.resident import PieceWork, held_cost
+from mipipe.planner.teams.prices.resident import PieceWork, held_cost, state_copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def tied_parameters(model: ModelPieces, machine: Machine, degrees: Degrees,
         work = PieceWork({Phase.F: PhaseCost(), Phase.I: PhaseCost()}, 0, 0, 0, (size, 0), (trained, 0), 0, 0, 0, 0, 0)
         cost = held_cost(machine, degrees, work, work.phases, (0, 0, 0))
         copies = degrees.context * degrees.copies
-        whole_gradients = cost.gradients * (copies if degrees.zero >= 2 else 1)
+        whole_gradients = cost.gradients * (state_copies(machine, degrees)[0] if degrees.zero >= 2 else 1)
         together = collective_ns(machine.fabric, CollectiveKind.ALL_REDUCE, whole_gradients, 2 * copies,
                                  degrees.tensor) / 1e9
         reads = dict(Counter(piece_of[member] for member in members))

@@ -11,11 +11,13 @@ from team_config import CONFIG
 from mipipe.graphs.capture.model import capture
 from mipipe.graphs.costs.estimate_modes import estimated_profile, forward_alive
 from mipipe.graphs.costs.fusion import kept
-from mipipe.graphs.costs.split_rules import indivisible, split_rules
-from mipipe.graphs.costs.trace_facts import TeamSplit, heads_of, trace_facts
+from mipipe.graphs.costs.trace_facts import TeamSplit, trace_facts
 from mipipe.graphs.modes import CollectiveKind
 from mipipe.graphs.operator_graph import Phase, Role
 from mipipe.graphs.sharding.modes import with_modes
+from mipipe.graphs.sharding.shares import TeamShares
+from mipipe.planner.teams.prices.degrees import Degrees
+from mipipe.planner.teams.prices.pieces import indivisible_of, model_pieces
 
 
 def traces(graph):
@@ -25,22 +27,23 @@ def traces(graph):
 
 
 def test_columns_then_rows(llama):
-    cuts = {role: split_rules(trace, role).cuts for trace, role in traces(llama)}
-    attention = {name.removeprefix("p_").removesuffix("_weight"): cut for name, cut in cuts[Role.ATTENTION].items()}
-    assert attention == {"input_layernorm": "whole", "q_proj": "columns", "k_proj": "columns", "v_proj": "columns",
-                         "o_proj": "rows"}
-    assert sorted(cuts[Role.MLP].values()) == ["columns", "columns", "rows", "whole"]
-    assert cuts[Role.HEAD]["p_weight"] == "columns" and set(cuts[Role.EMBEDDING].values()) == {"rows"}
+    shares = TeamShares(llama)
+    dims = {role: shares.of(trace, "tensor", 4).dims for trace, role in traces(llama)}
+    own = {name.removeprefix("p_").removesuffix("_weight"): dim for name, dim in dims[Role.ATTENTION].items()}
+    assert own == {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1}
+    assert sorted(dims[Role.MLP].values()) == [0, 0, 1]
+    assert dims[Role.HEAD] == {"p_weight": 0} and set(dims[Role.EMBEDDING].values()) == {0}
 
 
 @pytest.mark.parametrize("mode", ["tensor", "sequence"])
 def test_estimates_equal_what_is_traced(llama, mode):
-    """The estimate and `mipipe.graphs.sharding` derive a member's work from the trace by ways of their own. Flops other
-    than attention's (there the estimate halves a causal mask's), parameters and collectives of blocks are the same."""
-    graph = with_modes(llama, (mode,), (4,))
+    """Flops other than attention's (there the estimate halves a causal mask's), parameters and collectives of blocks
+    are the same."""
+    graph, shares = with_modes(llama, (mode,), (4,)), TeamShares(llama)
     for trace, role in traces(graph):
         traced = graph.modes.find(trace.digest, mode, 4)
-        estimate = estimated_profile(trace, role, TeamSplit(4, sequence=mode == "sequence"), fused=False)
+        estimate = estimated_profile(trace, role, TeamSplit(4, sequence=mode == "sequence"), fused=False,
+                                     shares=[shares.of(trace, mode, 4)])
         assert estimate.resident == traced.resident
         for phase, work in traced.phases.items():
             own = estimate.phases[phase]
@@ -65,24 +68,22 @@ def odd(tmp_path_factory):
 @pytest.mark.parametrize("size", [2, 4])
 def test_what_does_not_divide_is_whole_as_when_traced(odd, size):
     """Odd sizes and fewer key heads than members: the estimate divides what the runtime divides, and says the rest."""
-    graph = with_modes(odd, ("tensor",), (size,))
-    reasons = {}
+    graph, shares = with_modes(odd, ("tensor",), (size,)), TeamShares(odd)
     for trace, role in traces(graph):
         traced = graph.modes.find(trace.digest, "tensor", size)
-        estimate = estimated_profile(trace, role, TeamSplit(size), fused=False)
+        estimate = estimated_profile(trace, role, TeamSplit(size), fused=False,
+                                     shares=[shares.of(trace, "tensor", size)])
         assert estimate.resident == traced.resident, role
-        if role is not Role.ATTENTION or size == 2:  # there the runtime gives members parts of q's and o's backward
-            for phase, work in traced.phases.items():
-                assert [sum(item.flops * item.count for item in one.products if "attention" not in item.kind)
-                        for one in (work, estimate.phases[phase])] == [work.flops - sum(
-                            item.flops * item.count for item in work.products if "attention" in item.kind)] * 2
-        heads = heads_of(trace)
-        reasons |= indivisible(split_rules(trace, role), trace, size, None if heads is None else heads[1])
-    said = {name.removeprefix("p_").removesuffix("_weight"): why for name, why in reasons.items()}
-    vocabulary = {"weight": "1,023 rows"}
-    assert said == vocabulary if size == 2 else said == {
-        **vocabulary, "k_proj": "2 key heads", "v_proj": "2 key heads", "gate_proj": "690 rows", "up_proj": "690 rows",
-        "down_proj": "690 columns"}
+        for phase, work in traced.phases.items():
+            assert [sum(item.flops * item.count for item in one.products if "attention" not in item.kind)
+                    for one in (work, estimate.phases[phase])] == [work.flops - sum(
+                        item.flops * item.count for item in work.products if "attention" in item.kind)] * 2
+    said = [line.partition(": ")[2] for line in indivisible_of(model_pieces(odd), Degrees(tensor=size))]
+    matrices = [f"p_{name}_proj_weight: 690 of {shape} does not divide by 4 members"
+                for name, shape in (("gate", [690, 256]), ("up", [690, 256]), ("down", [256, 690]))]
+    table = f"p_weight: 1023 of [1023, 256] does not divide by {size} members"
+    assert sorted(said) == sorted([table] if size == 2 else [
+        table, "keys and values: 2 heads do not divide by 4 members", *matrices])
 
 
 def test_a_team_of_one_does_all_and_says_nothing(llama):
@@ -109,13 +110,14 @@ def test_what_the_forward_holds_for_a_while(llama):
     """Of eager operators as capture counted it; of fused kernels in an MLP gate, up and their product at once, divided
     over tensor members, of which gate and up stay for the backward."""
     for trace, role in traces(llama):
-        facts = trace_facts(trace, role, fused=False)
+        facts = trace_facts(trace, fused=False)
         alive = forward_alive(trace, role, TeamSplit(), facts, facts.stays | set(trace.outputs))
         assert alive == trace.workspace_bytes[Phase.F]
     trace, role = next(item for item in traces(llama) if item[1] is Role.MLP)
-    facts, inner, rows = trace_facts(trace, role), 512 * 688 * 2, 512 * 256 * 2
+    facts, inner, rows = trace_facts(trace), 512 * 688 * 2, 512 * 256 * 2
     assert forward_alive(trace, role, TeamSplit(), facts) == 3 * inner
-    assert forward_alive(trace, role, TeamSplit(2), facts) == 3 * inner // 2
+    share = TeamShares(llama).of(trace, "tensor", 2)
+    assert forward_alive(trace, role, TeamSplit(2), facts, shares=[share]) == 3 * inner // 2
     assert forward_alive(trace, role, TeamSplit(), facts, facts.stays) == inner + rows  # the product, and the result
 
 
@@ -157,14 +159,17 @@ def test_context_gathers_keys_and_values(llama):
 def test_scores_of_unfused_attention_go_through_memory(llama):
     """Products of the whole square, 13 and 19 bytes moved of every score, 5 kept (Korthikanti et al., 5 a s^2 b)."""
     trace = next(trace for trace, role in traces(llama) if role is Role.ATTENTION)
-    flash, eager = (estimated_profile(trace, Role.ATTENTION, TeamSplit(2), flash=flag) for flag in (True, False))
+    share = TeamShares(llama).of(trace, "tensor", 2)
+    flash, eager = (estimated_profile(trace, Role.ATTENTION, TeamSplit(2), flash=flag, shares=[share])
+                    for flag in (True, False))
     scores, width = 8 * 512 * 512 // 2, 256 // 8
     products = [item for item in eager.phases[Phase.F].products if item.kind == "aten.bmm"]
     assert [item.flops for item in products] == [4 * scores * width]
     assert eager.phases[Phase.F].bytes_moved - flash.phases[Phase.F].bytes_moved == pytest.approx(13 * scores)
     assert eager.phases[Phase.I].bytes_moved - flash.phases[Phase.I].bytes_moved == pytest.approx(19 * scores)
     assert eager.kept.fi + eager.kept.fw - flash.kept.fi - flash.kept.fw == 5 * scores
-    again = estimated_profile(trace, Role.ATTENTION, TeamSplit(2), flash=False, attention_again=True)
+    again = estimated_profile(trace, Role.ATTENTION, TeamSplit(2), flash=False, attention_again=True,
+                              shares=[share])
     assert again.kept.fi + again.kept.fw < flash.kept.fi + flash.kept.fw
     assert again.phases[Phase.I].flops == eager.phases[Phase.I].flops + products[0].flops
 
@@ -178,13 +183,14 @@ def test_tokens_that_travel_are_a_members_part(tmp_path, mode):
            "num_experts_per_tok": 2, "moe_intermediate_size": 344, "num_hidden_layers": 1}
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **own}))
     graph = capture(str(tmp_path), seq=512, dtype="bfloat16", expert_parallel=2, verify=False)
-    graph = with_modes(graph, (mode,), (4,))
+    graph, shares = with_modes(graph, (mode,), (4,)), TeamShares(graph)
     talk = {source: {phase: [] for phase in Phase} for source in ("traced", "estimated")}
     for trace, role in traces(graph):
         if role in (Role.ATTENTION, Role.EMBEDDING, Role.HEAD):
             continue
         traced = graph.modes.find(trace.digest, mode, 4)
-        estimate = estimated_profile(trace, role, TeamSplit(4, sequence=mode == "sequence"), fused=False)
+        estimate = estimated_profile(trace, role, TeamSplit(4, sequence=mode == "sequence"), fused=False,
+                                     shares=[shares.of(trace, mode, 4)])
         for source, profile in (("traced", traced), ("estimated", estimate)):
             for phase, work in profile.phases.items():
                 talk[source][phase] += [(item.kind, item.num_bytes) for item in work.collectives

@@ -1,0 +1,64 @@
+"""What plans say that members hold is what the runtime gives them: weights, gradients and optimizer state."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from team_config import CONFIG
+from team_machine import machine
+
+from mipipe.graphs.capture.model import capture
+from mipipe.graphs.operator_graph import DTYPE_BYTES
+from mipipe.graphs.sharding.gathered import gathered
+from mipipe.planner.teams.as_team import team_of
+from mipipe.planner.teams.prices.degrees import Degrees
+from mipipe.planner.teams.prices.pieces import model_pieces
+from mipipe.planner.teams.prices.pricing import Pricer
+from mipipe.runtime.engine.compiling.team import member_graph
+
+DEGREES = [Degrees(tensor=4), Degrees(tensor=2, sequence=True, copies=2), Degrees(context=2), Degrees(context=4),
+           Degrees(context=2, copies=2), Degrees(tensor=2, context=2, copies=2), Degrees(copies=4)]
+FAMILIES = {
+    "llama": {}, "tied": {"tie_word_embeddings": True}, "fewer keys": {"num_key_value_heads": 2},
+    "fused": {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "pad_token_id": 0},
+    "experts": {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4,
+                "num_experts_per_tok": 2},
+    "latents": {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "num_key_value_heads": 8,
+                "q_lora_rank": 64, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16,
+                "v_head_dim": 32, "first_k_dense_replace": 1, "n_routed_experts": 8, "num_experts_per_tok": 2,
+                "moe_intermediate_size": 64, "n_group": 2, "topk_group": 1, "n_shared_experts": 1}}
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=() if name in ("experts",) else pytest.mark.slow)
+                                        for name in FAMILIES])
+def pieces(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": 2, **FAMILIES[request.param]}))
+    return model_pieces(capture(str(folder), seq=64, dtype="bfloat16", verify=False))
+
+
+@pytest.mark.parametrize("degrees", DEGREES, ids=Degrees.text)
+def test_plans_say_what_members_hold(pieces, degrees):
+    """For every stage of ZeRO, whatever the axes: copies share what they have, members along the context axis only the
+    tables, and each has a part of what its part of the experts, heads and columns is."""
+    graph = pieces.graph
+    member = member_graph(team_of(pieces, degrees, "h100"), graph)
+
+    def held(made, each=None):
+        """Bytes of parameters; ``each``: so many of every element that trains."""
+        return sum(math.prod(item.spec.shape) * (each or DTYPE_BYTES[item.spec.dtype]) for item in made.graph.parameters
+                   if not item.buffer and item.tied_to is None and (item.trainable or each is None))
+
+    buffers = sum(math.prod(item.spec.shape) * DTYPE_BYTES[item.spec.dtype] for item in graph.parameters if item.buffer)
+    for zero in range(4):
+        shared = gathered(member, degrees.copies, zero) if zero and degrees.copies > 1 else member
+        costs = Pricer(pieces, machine()).costs(replace(degrees, zero=zero))
+        told = [sum(getattr(cost, name) for cost in costs) for name in ("weights", "gradients", "state")]
+        kept = [held(shared if zero == 3 else member),
+                held(shared if zero > 1 else member, machine().gradient_bytes),
+                held(shared, machine().state_bytes)]
+        assert told[0] == pytest.approx(kept[0], abs=buffers * len(costs) + 64)
+        assert told[1:] == pytest.approx(kept[1:], rel=5e-3)  # a float32 router counts as two of its elements
