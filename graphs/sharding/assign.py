@@ -60,7 +60,8 @@ class Layouts:
     ``given``: inputs, parameters, buffers and output gradients that are not whole. ``wanted``: outputs and input
     gradients, by name, that are not whole. ``scatter``, ``tokens``: see `Case`. ``deferred``: products of a sum over
     members and a whole tensor, and casts of sums, by the operator's name, that are made of the members' parts and
-    summed later. ``early``: gradients of outputs that are gathered as soon as they arrive.
+    summed later. ``early``: gradients of outputs that are gathered as soon as they arrive. ``offers``: what rules offered
+    to operators before, which layouts made of these by `dataclasses.replace` share.
     """
 
     size: int
@@ -70,6 +71,8 @@ class Layouts:
     tokens: Scatter = no_scatter
     deferred: frozenset[str] = frozenset()
     early: frozenset[str] = frozenset()
+    offers: dict[object, tuple[Operator, tuple[str, ...], dict[object, list[Choice]]]] = field(
+        default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -146,14 +149,8 @@ class _Pass:
 
     def take(self, op: Operator, goal: Part | None) -> Choice:
         """The cheapest choice for an operator; among equal ones the one that leaves a member the least to do."""
-        backward = op.phase is not Phase.F
-        case = Case(op, self.specs, self.parts, self.layouts.size, self.layouts.scatter,
-                    self.layouts.tokens, lambda name: self.kinds.get(name) in _ZEROS, goal,
-                    op.name in self.layouts.deferred)
-        rule, best = rule_of(op.kind), None
-        found = [choice for choice in (rule(case) if rule is not None else ()) if choice is not None]
-        found += [] if op.kind == ROUTE else [case.whole()]  # members send each token once
-        for number, choice in enumerate(found):
+        backward, best = op.phase is not Phase.F, None
+        for number, choice in enumerate(self._offered(op, goal)):
             cost = self.cost(choice, backward)
             if cost is None:
                 continue
@@ -169,6 +166,22 @@ class _Pass:
         if best is None:
             raise GraphError(self._lost(op))
         return best[1]
+
+    def _offered(self, op: Operator, goal: Part | None) -> list[Choice]:
+        """The ways to run an operator: a search for a recipe meets most with their arguments lying as before."""
+        layouts = self.layouts
+        if id(op) not in layouts.offers:
+            layouts.offers[id(op)] = op, op.inputs, {}
+        _, inputs, known = layouts.offers[id(op)]
+        key = (goal, op.name in layouts.deferred, layouts.size, layouts.scatter, layouts.tokens,
+               *(self.parts.get(name) for name in inputs))
+        if key not in known:
+            case = Case(op, self.specs, self.parts, layouts.size, layouts.scatter, layouts.tokens,
+                        lambda name: self.kinds.get(name) in _ZEROS, goal, op.name in layouts.deferred)
+            rule = rule_of(op.kind)
+            found = [choice for choice in (rule(case) if rule is not None else ()) if choice is not None]
+            known[key] = found + ([] if op.kind == ROUTE else [case.whole()])  # members send each token once
+        return known[key]
 
     def _lost(self, op: Operator) -> str:
         """Why an operator does not run: what is on its way to experts cannot be had whole, as all else can."""

@@ -7,6 +7,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import chain, combinations, count
 
 from mipipe.graphs.costs.products import ATTENTION
@@ -34,6 +35,7 @@ MOST_CHUNKS = 8
 """Stages per rank that a guess counts with at the most."""
 
 
+@cache
 def divisors(value: int) -> list[int]:
     """All divisors, the smallest first."""
     return [size for size in range(1, value + 1) if value % size == 0]

@@ -75,12 +75,17 @@ class ModelPieces:
         members = math.gcd(degrees.tensor, self.sequences)
         return TeamSplit(1, degrees.context, degrees.expert, batch=members), members / degrees.tensor
 
+    @cached_property
+    def exchanges(self) -> bool:
+        """Whether tokens travel to their experts."""
+        return exchanges(self.graph)
+
     def shares(self, member: int, degrees: Degrees, context: bool = True) -> tuple[TeamShare, ...]:
         """What members along the context (not without ``context``) and the tensor axis have of a segment (by index), as
         a run of the plan divides it; none where tokens are sent to the segment's experts by devices that share all
         else."""
         mode, trace = self.mode(member, degrees), self.index.traces[member]
-        apart = degrees.expert > 1 and not exchanges(self.graph)
+        apart = degrees.expert > 1 and not self.exchanges
         if apart and self.graph.segments[member].tags.role is Role.EXPERTS:
             return ()
         axes = [("context", degrees.context)] if context else []
@@ -272,7 +277,7 @@ def _member_misfit(model: ModelPieces, member: int, degrees: Degrees) -> str | N
         fits = ", ".join(str(size) for size in range(1, heads[0] + 1) if heads[0] % size == 0)
         return f"tensor={degrees.tensor} does not divide the {heads[0]} heads of {name}; {fits} would"
     if degrees.expert > 1 and model.graph.segments[member].tags.role is Role.EXPERTS:
-        if mode == "batch" and not exchanges(model.graph):
+        if mode == "batch" and not model.exchanges:
             return (f"expert={degrees.expert} divides the experts of {name} along the tensor axis, where --modes gives"
                     " their branch the mode batch; leave one of both out")
         banks = {trace.specs[parameter].shape[0] for parameter in banks_of(trace, products_of(trace))}
