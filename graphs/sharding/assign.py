@@ -60,8 +60,8 @@ class Layouts:
     ``given``: inputs, parameters, buffers and output gradients that are not whole. ``wanted``: outputs and input
     gradients, by name, that are not whole. ``scatter``, ``tokens``: see `Case`. ``deferred``: products of a sum over
     members and a whole tensor, and casts of sums, by the operator's name, that are made of the members' parts and
-    summed later. ``early``: gradients of outputs that are gathered as soon as they arrive. ``offers``: what rules offered
-    to operators before, which layouts made of these by `dataclasses.replace` share.
+    summed later. ``early``: gradients of outputs that are gathered as soon as they arrive. ``offers``: what rules gave
+    operators to choose from before; layouts made of these by `dataclasses.replace` share it.
     """
 
     size: int
