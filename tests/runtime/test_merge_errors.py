@@ -295,7 +295,7 @@ def test_adapters_that_do_not_fit(root):
     (["--ranks", "0"], 2, "--ranks"),
     (["--device", "tpu"], 2, "neither cpu nor cuda"),
     (["--store", "--route", "0,1"], 2, "rebuilds what --store"),
-    (["--timeline", "nowhere/t.json"], 1, "its folder does not exist"),
+    (["--timeline", "nowhere/t.json"], 1, "the folder nowhere does not exist"),
 ])
 def test_the_command_line(root, options, code, words):
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe(root)))

@@ -15,7 +15,7 @@ from runtime_pool import Pool
 from mipipe.graphs.capture.model import capture_module
 from mipipe.graphs.cluster import DeviceKind
 from mipipe.graphs.costs.collectives import Fabric, Level
-from mipipe.graphs.errors import InputError
+from mipipe.graphs.errors import PlanError
 from mipipe.graphs.models.loss import sum_over
 from mipipe.graphs.operator_graph import Role
 from mipipe.graphs.serialize import digest
@@ -169,7 +169,7 @@ def test_a_model_without_latents_makes_none_again():
     other = equal.case("llama")
     names = [segment.name for segment in other.graph.segments if segment.tags.role is Role.ATTENTION]
     plan = plans_of(other.graph, 1, Team({}, latents_again=tuple(names)))[0]
-    with pytest.raises(InputError, match=f"segment {names[0]}: has no up-projections of latents"):
+    with pytest.raises(PlanError, match=f"up-projections of segment '{names[0]}' run again, which has none"):
         Engine(plan, other.graph, other.state())
 
 
