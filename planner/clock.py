@@ -1,4 +1,5 @@
-"""The clock of a solve, for work of any depth: ``ask()`` raises once the time of the solve that runs it is over.
+"""What ends a solve, for work of any depth: ``ask()`` raises once the time of the solve that runs it is over, and
+`noting_ctrl_c` keeps a note of Ctrl-C.
 
 A solve says once how much time is left (`watched`); loops over actions, placements, rules and rows ask now and then,
 wherever they stand, without carrying a deadline through their arguments. Where no solve is watched (a test, a verb that
@@ -8,9 +9,12 @@ of the context of the solve (`contextvars.copy_context`), under whose clock it i
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import FrameType
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -59,3 +63,23 @@ def asking(items: Iterable[Item], every: int = STEPS) -> Iterator[Item]:
         if not at % every:
             ask()
         yield item
+
+
+@contextmanager
+def noting_ctrl_c(note: Callable[[], None]) -> Iterator[None]:
+    """Call ``note`` at Ctrl-C beside raising it: a compiler's callback, or a solve inside, may swallow the exception,
+    not the note. Nothing changes off the main thread, or where something else has the signal already."""
+    usual = signal.getsignal(signal.SIGINT)
+    if usual is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def noted(number: int, frame: FrameType | None) -> None:
+        note()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, noted)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)

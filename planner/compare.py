@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from mipipe.graphs.errors import InputError
 from mipipe.planner import clock
 from mipipe.planner.bounds.at_placement import placement_bound
-from mipipe.planner.calls import counting
 from mipipe.planner.comparison_rows import (
     Accounting,
     ComparisonRow,
@@ -25,6 +24,7 @@ from mipipe.planner.comparison_rows import (
 from mipipe.planner.gap import gap_of
 from mipipe.planner.how import How
 from mipipe.planner.jobs.stages import view
+from mipipe.planner.milp.calls import counting
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.problems.uniform import in_units

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 
 from mipipe.graphs.errors import PlanError
-from mipipe.planner.calls import counting
 from mipipe.planner.execution.export import REMEDY, torch_csv
+from mipipe.planner.milp.calls import counting
 from mipipe.planner.options import PlacementName, PlanOptions
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.sizes import NEVER_NS

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mipipe.graphs.serialize import STRICT, from_data
-from mipipe.planner.calls import SolverCalls
+from mipipe.planner.milp.calls import SolverCalls
 from mipipe.planner.plan import Plan
 
 

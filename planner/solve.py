@@ -21,14 +21,12 @@ from mipipe.graphs.errors import InfeasibleError
 from mipipe.graphs.serialize import to_data
 from mipipe.planner import clock
 from mipipe.planner.bounds.over_placements import Bound, problem_bound
-from mipipe.planner.calls import Ledger, counting
 from mipipe.planner.check import check_plan
-from mipipe.planner.clock import OutOfTimeError
+from mipipe.planner.clock import OutOfTimeError, noting_ctrl_c
 from mipipe.planner.execution.steps import schedule_period
 from mipipe.planner.explain.binding import explain_plan
 from mipipe.planner.gap import gap_of
 from mipipe.planner.how import How
-from mipipe.planner.interrupts import noting_ctrl_c
 from mipipe.planner.ladder import exactly, large, order_rungs, period, placement_rungs
 from mipipe.planner.ladder.activities import Indexing, Pacing, Polishing, Proving, Tightening
 from mipipe.planner.ladder.admission import admit_placement, enter, has_plan, recomputing, take
@@ -41,6 +39,7 @@ from mipipe.planner.ladder.proposals import Proposing
 from mipipe.planner.ladder.race import Race
 from mipipe.planner.ladder.repeating import Repeating
 from mipipe.planner.ladder.state import Incumbent, Progress, Run
+from mipipe.planner.milp.calls import Ledger, counting
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.placements.feasible import why_infeasible
 from mipipe.planner.placements.shapes import propose_shapes

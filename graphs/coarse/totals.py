@@ -18,6 +18,9 @@ from collections.abc import Iterable, Sequence
 from mipipe.graphs.coarse.graph_index import GraphIndex, index_graph
 from mipipe.graphs.operator_graph import Operator, OperatorGraph, Phase, SegmentTrace, TensorSpec
 
+TOKENS = ("input_ids", "decoder_input_ids")
+"""Inputs of a model that are token numbers, by transformers' names."""
+
 _BACKWARD = "mipipe.attention_backward.default"
 
 _ATTENTION = {"mipipe.attention.default": (1, 5), _BACKWARD: (2, 8)}
@@ -87,7 +90,7 @@ def num_tokens(graph: OperatorGraph) -> int | None:
 def token_shape(graph: OperatorGraph) -> tuple[int, ...] | None:
     """The shape of a microbatch's token numbers, sequences first; None for a model without any."""
     shapes = {value.name: value.spec.shape for value in graph.values if value.name in graph.inputs}
-    return next((shapes[name] for name in ("input_ids", "decoder_input_ids") if name in shapes), None)
+    return next((shapes[name] for name in TOKENS if name in shapes), None)
 
 
 def num_sequences(graph: OperatorGraph) -> int:

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field, replace
 
 from mipipe.graphs.errors import PlanError
 from mipipe.planner.ladder.candidate import Candidate, candidate
+from mipipe.planner.ladder.exactly import MOST_JOBS
 from mipipe.planner.ladder.proposals import Take, finest
 from mipipe.planner.ladder.state import Run
+from mipipe.planner.milp.order.exact_parts import num_jobs
 
-GROUPS, JOBS = 20, 300
-"""Groups, and groups x phases x microbatches, up to which placements are looked at with groups apart: beyond, another
-candidate of many more actions costs the search more than it gains."""
+JOBS = 3 * MOST_JOBS
+"""Jobs (as of the exact model) up to which placements are looked at with groups apart: beyond, another candidate of so
+many more actions costs the search more than it gains."""
 
 APART = "+apart"
 """What the names of such placements end in."""
@@ -32,8 +34,7 @@ class Parting:
     def step(self, seconds: float) -> bool:
         """Make the next candidate of one whose stages join groups; False where none is left."""
         run, problem = self.run, self.run.problem
-        few = len(problem.groups) <= GROUPS and 3 * len(problem.groups) * problem.num_microbatches <= JOBS
-        if not few or run.options.placement != "free":
+        if run.options.placement != "free" or num_jobs(problem) > JOBS:
             return False
         waiting = [found for found in run.candidates if len(found.placement.stages) < len(problem.groups)
                    and not any(found is other for other in self.done)]

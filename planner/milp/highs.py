@@ -3,7 +3,7 @@
 Pyomo's own HiGHS interfaces lose the incumbent on Ctrl-C, take no start and have no callbacks, so this module hands the
 linear model over itself: Pyomo's `generate_standard_repn` reads every row, highspy solves. HiGHS runs in a second
 thread; on Ctrl-C the main thread asks it to stop and returns the best solution so far, as INTERRUPTED. Every call is
-counted (`mipipe.planner.calls`) under the model's name, which is that of its formulation.
+counted (`mipipe.planner.milp.calls`) under the model's name, which is that of its formulation.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 import highspy
 import numpy as np
 
-from mipipe.planner import calls, clock
+from mipipe.planner import clock
 from mipipe.planner.gap import SOLVER_GAP, gap_of
-from mipipe.planner.milp import pyo
+from mipipe.planner.milp import calls, pyo
 
 
 class SolverStatus(StrEnum):

@@ -18,11 +18,6 @@ def branches_of(graph: OperatorGraph) -> list[str]:
     return sorted({segment.tags.branch or "" for segment in graph.segments if segment.tags.layer is not None})
 
 
-def has_experts(graph: OperatorGraph) -> bool:
-    """Whether any segment has banks of experts."""
-    return any(segment.tags.role is Role.EXPERTS for segment in graph.segments)
-
-
 def team_of(model: ModelPieces, degrees: Degrees, kind: str, recompute: Sequence[Recompute] = ()) -> Team:
     """The team of a model's plan on devices of a kind.
 

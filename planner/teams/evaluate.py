@@ -19,7 +19,7 @@ from mipipe.planner.plan import Plan
 from mipipe.planner.problems.held_transfers import hold_transfers
 from mipipe.planner.schedules import Baseline, EvenTimes, baseline_named
 from mipipe.planner.schedules.one_f_one_b import interleaved, one_f_one_b
-from mipipe.planner.teams.as_team import branches_of, has_experts, team_of
+from mipipe.planner.teams.as_team import branches_of, team_of
 from mipipe.planner.teams.prices.degrees import Degrees, Recompute
 from mipipe.planner.teams.prices.machine import Machine
 from mipipe.planner.teams.prices.piece_cost import AXES, Axis, PieceCost
@@ -233,7 +233,7 @@ def result_of(pricer: Pricer, degrees: Degrees, global_batch: int, plan: Plan, s
                       "global_batch": global_batch, "recompute": degrees.recompute, "zero": degrees.zero,
                       "layers": list(layers), "devices": degrees.devices,
                       "branches": branches_of(pricer.model.graph), "modes": pricer.model.own_modes(degrees),
-                      "experts": has_experts(pricer.model.graph), "tokens": pricer.model.tokens,
+                      "experts": pricer.model.has_experts, "tokens": pricer.model.tokens,
                       "expert_parallel": int(pricer.model.graph.source.get("expert_parallel", 1))}}
     made = replace(plan, provenance={**plan.provenance, **facts}, team=team)
     return TeamResult(made, degrees, schedule, layers, tuple(stages),

@@ -149,6 +149,7 @@ def order_of(pricer: Pricer, item: TeamResult, global_batch: int, seconds: float
     degrees = item.degrees
     costs = piece_costs(pricer, degrees, item.recompute)
     pieces = cut_pieces(pricer.model, item.layers)
+    # the solve chooses the ranks: where both ends of a tied table come to one, its second copy and sum are too much
     stages = stages_on(costs, pieces, [(number % degrees.ranks,) for number in range(len(pieces))],
                        pricer.tied(degrees), pricer.machine, split=True)
     count = item.plan.problem.num_microbatches

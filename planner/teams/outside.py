@@ -4,7 +4,6 @@ for each reason."""
 from __future__ import annotations
 
 from mipipe.graphs.efficiency import Evidence
-from mipipe.graphs.operator_graph import Role
 from mipipe.planner.teams.prices.degrees import Degrees
 from mipipe.planner.teams.prices.pricing import Pricer
 
@@ -53,7 +52,7 @@ def _kinds(pricer: Pricer, known: Evidence) -> list[str]:
         found.append(f"products in {products}, the runs behind the efficiencies had {' and '.join(known.products)}")
     elif products in known.thin:
         found.append(f"products in {products}, which runs of one model alone stand for on this device kind")
-    kind = "experts" if any(segment.tags.role is Role.EXPERTS for segment in pricer.model.graph.segments) else "dense"
+    kind = "experts" if pricer.model.has_experts else "dense"
     if kind not in known.models:
         found.append(f"a model {'with experts' if kind == 'experts' else 'without experts'}, the runs behind the"
                      f" efficiencies were {' and '.join(known.models)}")

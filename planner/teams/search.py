@@ -28,7 +28,7 @@ from dataclasses import replace
 
 from mipipe.graphs.errors import InfeasibleError, TimeUpError
 from mipipe.graphs.units import format_bytes
-from mipipe.planner.interrupts import noting_ctrl_c
+from mipipe.planner.clock import noting_ctrl_c
 from mipipe.planner.teams.bounds.of_degrees import packed
 from mipipe.planner.teams.effort import EFFORT
 from mipipe.planner.teams.evaluate import TeamResult

@@ -11,7 +11,7 @@ from functools import cache
 from itertools import chain, combinations, count
 
 from mipipe.graphs.costs.products import ATTENTION
-from mipipe.graphs.operator_graph import DTYPE_BYTES, Role
+from mipipe.graphs.operator_graph import DTYPE_BYTES
 from mipipe.planner.teams.bounds.of_degrees import bound_of, seconds_in_kernels
 from mipipe.planner.teams.prices.degrees import Degrees, Recompute
 from mipipe.planner.teams.prices.pieces import ModelPieces, misfit, samples_misfit
@@ -36,15 +36,15 @@ MOST_CHUNKS = 8
 
 
 @cache
-def divisors(value: int) -> list[int]:
+def divisors(value: int) -> tuple[int, ...]:
     """All divisors, the smallest first."""
-    return [size for size in range(1, value + 1) if value % size == 0]
+    return tuple(size for size in range(1, value + 1) if value % size == 0)
 
 
 def all_degrees(model: ModelPieces, devices: int, global_batch: int, given: Mapping[str, int]) -> Iterator[Degrees]:
     """Every combination of axes, and of encoders in ``batch`` mode, that divides what it must; ``given`` fixes some
     axes. Chunks and recomputation are left to the master, microbatches and sharding over copies to `variants`."""
-    experts = any(segment.tags.role is Role.EXPERTS for segment in model.graph.segments)
+    experts = model.has_experts
     sequence_given = given.get("sequence")
     for tensor in divisors(devices):
         if given.get("tensor", sequence_given or tensor) != tensor:

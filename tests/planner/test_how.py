@@ -15,13 +15,13 @@ from mipipe.graphs.errors import InputError
 from mipipe.graphs.serialize import load, save, to_data
 from mipipe.graphs.topology import Device, Link, Topology
 from mipipe.planner.actions import Action, ActionKind
-from mipipe.planner.calls import SolverCalls, counting
 from mipipe.planner.how import How, by_highs, how_lines, how_of
 from mipipe.planner.ladder import order_rungs as rungs
 from mipipe.planner.ladder.admission import enter
 from mipipe.planner.ladder.candidate import candidate, first_orders
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.milp import highs
+from mipipe.planner.milp.calls import SolverCalls, counting
 from mipipe.planner.options import PARTS, PlanOptions, without
 from mipipe.planner.plan import Placement, Plan, RankOrder, Schedule, Stage
 from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem

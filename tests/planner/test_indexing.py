@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 
 from mipipe.planner.bounds.at_placement import placement_bound
-from mipipe.planner.calls import counting
 from mipipe.planner.ladder import activities
 from mipipe.planner.ladder.activities import Indexing
 from mipipe.planner.ladder.admission import admit_placement
 from mipipe.planner.ladder.state import Run
+from mipipe.planner.milp.calls import counting
 from mipipe.planner.milp.order import time_indexed
 from mipipe.planner.options import PlacementName, PlanOptions
 from mipipe.planner.placements.shapes import propose_shapes

@@ -146,7 +146,7 @@ def test_program_takes_as_long_as_the_plan(seed):
     assert moved == sorted((move.start_ns, move.end_ns) for move in evaluation.transfers)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(SEEDS)
 def test_the_checker_agrees(seed):
     """The independent check finds the same makespan and the same peak memory, to the byte, in plan and program."""

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from mipipe.graphs.coarse.graph_index import GraphIndex
+from mipipe.graphs.coarse.totals import TOKENS
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import OperatorGraph
-
-TOKENS = ("input_ids", "decoder_input_ids")
-"""Inputs of a model that are tokens, by transformers' names."""
 
 
 def encoders_of(graph: OperatorGraph, index: GraphIndex) -> tuple[str, ...]:

@@ -76,6 +76,11 @@ class ModelPieces:
         return TeamSplit(1, degrees.context, degrees.expert, batch=members), members / degrees.tensor
 
     @cached_property
+    def has_experts(self) -> bool:
+        """Whether any segment has banks of experts."""
+        return any(segment.tags.role is Role.EXPERTS for segment in self.graph.segments)
+
+    @cached_property
     def exchanges(self) -> bool:
         """Whether tokens travel to their experts."""
         return exchanges(self.graph)
@@ -326,5 +331,5 @@ def check_fits(model: ModelPieces, degrees: Degrees, global_batch: int) -> None:
     reason = samples_misfit(model, degrees)
     if reason is not None:
         raise InputError(reason)
-    if degrees.expert > 1 and not any(segment.tags.role is Role.EXPERTS for segment in model.graph.segments):
+    if degrees.expert > 1 and not model.has_experts:
         raise InputError(f"--degrees: expert={degrees.expert}, but the model has no experts to divide")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from mipipe.graphs.costs.collectives import collective_ns
 from mipipe.graphs.modes import CollectiveKind, Resident
-from mipipe.graphs.operator_graph import Phase
+from mipipe.graphs.operator_graph import DTYPE_BYTES, Phase
 from mipipe.planner.teams.prices.degrees import Degrees
 from mipipe.planner.teams.prices.machine import Machine
 from mipipe.planner.teams.prices.piece_cost import PhaseCost, PieceCost
@@ -26,7 +26,7 @@ from mipipe.planner.teams.prices.resident import PieceWork, held_cost, state_cop
 class TiedParameter:
     """What it costs a member that has it once (no phases). ``reads``: how many segments of every piece that reads it
     do, the first piece in front; ``held``, ``trained``: its bytes, and those that train, before copies share them;
-    ``together``: seconds of the sum of its gradients over two ranks and all copies."""
+    ``together``: seconds of the sum of its gradients over two ranks and all that have the same of it on each."""
 
     reads: dict[int, int]
     held: int
@@ -71,10 +71,9 @@ def tied_parameters(model: ModelPieces, machine: Machine, degrees: Degrees,
         trained = size if trains else 0
         work = PieceWork({Phase.F: PhaseCost(), Phase.I: PhaseCost()}, 0, 0, 0, (size, 0), (trained, 0), 0, 0, 0, 0, 0)
         cost = held_cost(machine, degrees, work, work.phases, (0, 0, 0))
-        copies = degrees.context * degrees.copies
-        whole_gradients = cost.gradients * (state_copies(machine, degrees)[0] if degrees.zero >= 2 else 1)
-        together = collective_ns(machine.fabric, CollectiveKind.ALL_REDUCE, whole_gradients, 2 * copies,
-                                 degrees.tensor) / 1e9
+        gradients = trained // DTYPE_BYTES[machine.dtype] * machine.gradient_bytes  # all, also where copies keep parts
+        together = collective_ns(machine.fabric, CollectiveKind.ALL_REDUCE, gradients,
+                                 2 * state_copies(machine, degrees)[0], degrees.tensor) / 1e9
         reads = dict(Counter(piece_of[member] for member in members))
         found.append(TiedParameter(reads, size, trained, cost, together))
     return tuple(found)

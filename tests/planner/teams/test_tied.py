@@ -59,6 +59,16 @@ def test_two_tables_gradients_are_summed_at_the_end(pricer, degrees, schedule, a
         [sums if apart and number in ends else 0.0 for number in range(len(found.stages))], rel=1e-6)
 
 
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_whatever_copies_share_all_gradients_are_summed(pricer, zero):
+    """The runtime sums whole gradients over both ranks and all copies, also where each keeps a part of them."""
+    whole, parts = (pricer.tied(Degrees(ranks=2, copies=copies, zero=zero))[0] for copies in (1, 4))
+    assert [found.together for found in (whole, parts)] == [collective_ns(
+        pricer.machine.fabric, CollectiveKind.ALL_REDUCE, 4 * TABLE, 2 * copies) / 1e9 for copies in (1, 4)]
+    tables = pricer.tied(Degrees(ranks=2, context=2, copies=2, zero=zero))[0]  # each has half of it
+    assert tables.together == collective_ns(pricer.machine.fabric, CollectiveKind.ALL_REDUCE, 2 * TABLE, 4) / 1e9
+
+
 def test_whether_a_model_may_fit_counts_one_table(pricer):
     """Where one table less is what makes it fit, degrees are not left out."""
     held = pricer.footprint(Degrees())
