@@ -27,7 +27,7 @@ from mipipe.planner.ladder.inherit import Moments, inherited, moments_of
 from mipipe.planner.ladder.race import TRIED_S
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.placements.cuts import earliest_end
-from mipipe.planner.placements.moves import is_movable, neighbour
+from mipipe.planner.placements.moves import drawn, is_movable
 from mipipe.planner.placements.shapes import resident_fits
 from mipipe.planner.search import annealing
 from mipipe.planner.search.orders import Orders
@@ -53,7 +53,8 @@ DRAWN = 400
 class Line:
     """From a candidate's placement to others: ``found`` is where it stands, ``latest`` the moments of its actions,
     ``left_ns`` the shortest makespan where it stood before, ``misses`` the tries since its record, ``drawn`` the
-    neighbours drawn in vain since the last try."""
+    neighbours drawn in vain since the last try, ``looked_at`` the stages and routes of those that do not come again
+    until all have been tried, ``tries`` how many of them were."""
 
     found: Candidate
     latest: Moments = field(default_factory=dict)
@@ -61,6 +62,8 @@ class Line:
     left_ns: int = NEVER_NS
     misses: int = 0
     drawn: int = 0
+    looked_at: set[tuple[object, ...]] = field(default_factory=set)
+    tries: int = 0
 
     @property
     def promise(self) -> float:
@@ -81,8 +84,14 @@ class Line:
         """Stand at another placement."""
         self.left_ns = self.record_ns
         self.found, self.seen_ns = found, NEVER_NS
+        self.begin_again()
         if found.makespan_ns < self.left_ns:
             self.misses = 0
+
+    def begin_again(self) -> None:
+        """Let all neighbours come again."""
+        self.looked_at.clear()
+        self.drawn = self.tries = 0
 
     @property
     def moments(self) -> Moments:
@@ -227,12 +236,16 @@ class Moving:
         while line.drawn < DRAWN and time.monotonic() < end and not run.closed:
             clock.ask()
             line.drawn += 1
-            several = [one for one in (neighbour(run.problem, line.found.placement, self.rng) for _ in range(SEVERAL))
-                       if one is not None and resident_fits(run.problem, one)]
+            several = [one for one in (drawn(run.problem, line.found.placement, self.rng) for _ in range(SEVERAL))
+                       if one is not None and (one.stages, one.routes) not in line.looked_at
+                       and resident_fits(run.problem, one)]
             ends = [earliest_end(run.problem, one, self.heads) for one in several]
             placement = several[ends.index(min(ends))] if several else None
-            if (placement is None or min(ends) >= run.makespan_ns
-                    or any(order_rungs.same(other.placement, placement) for other in list(run.candidates))):
+            if placement is None:
+                continue
+            line.looked_at.add((placement.stages, placement.routes))
+            if min(ends) >= run.makespan_ns or any(order_rungs.same(other.placement, placement)
+                                                   for other in list(run.candidates)):
                 continue
             try:
                 found = candidate(run.problem, placement, then(line.found.proposer, MOVING))
@@ -240,5 +253,8 @@ class Moving:
                 continue
             if found.bound.ns < run.makespan_ns:
                 line.drawn = 0
+                line.tries += 1
                 return found
+        if line.drawn >= DRAWN and line.tries:  # of all that are worth it every one was tried: for longer next time
+            line.begin_again()
         return None

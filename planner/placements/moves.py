@@ -1,8 +1,9 @@
-"""Placements next to a given one: a boundary moved, a unit with another host, hosts exchanged.
+"""Placements next to a given one: a boundary moved, a unit with another host, hosts exchanged, microbatches rerouted.
 
 A *host* is what a stage says of where it runs: its ranks, the rank of every microbatch, and whether F runs again. Moves
 only hand hosts of the placement from unit to unit (groups that must stay together), so copies stay copies and mirror
-images stay mirror images. F runs again only where all groups of the stage that comes of it can.
+images stay mirror images (`neighbour`); or they make new hosts, by which replicas share microbatches as no shape has it
+(`rerouted`). F runs again only where all groups of the stage that comes of it can.
 """
 
 from __future__ import annotations
@@ -95,8 +96,18 @@ def is_movable(problem: PlanningProblem, placement: Placement) -> bool:
         return False
 
 
+def drawn(problem: PlanningProblem, placement: Placement, rng: random.Random) -> Placement | None:
+    """A placement one or two moves away; of M microbatches one move in M + 1 reroutes some, as that changes about the
+    M-th part of a stage's work. None where a move comes to nothing."""
+    found: Placement | None = placement
+    for _ in range(rng.choice((1, 1, 2))):
+        move = rerouted if rng.random() * (problem.num_microbatches + 1) < 1 else neighbour
+        found = found and move(problem, found, rng)
+    return found
+
+
 def neighbour(problem: PlanningProblem, placement: Placement, rng: random.Random) -> Placement | None:
-    """A placement one or two random moves away; None where the placement has no such moves."""
+    """A placement one random move away; None where the placement has no such moves."""
     try:
         found = UnitHosts(problem, placement)
     except ValueError:
@@ -104,23 +115,47 @@ def neighbour(problem: PlanningProblem, placement: Placement, rng: random.Random
     size = len(found.blocks)
     if size < 2 or len(set(found.hosts)) < 2:
         return None
-    for _ in range(rng.choice((1, 1, 2))):
-        move, one, two = rng.choice(KINDS), *rng.sample(range(size), 2)
-        if move == "boundary":
-            boundary = rng.choice([b for b in range(1, size) if found.begins[b]] or [one or two])
-            found.shift(boundary, left=rng.random() < 0.5)
-        elif move == "stages":
-            first, second = found.stage_of(one), found.stage_of(two)
-            here, there = found.hosts[one], found.hosts[two]
-            for unit in first:
-                found.hosts[unit] = there
-            for unit in second:
-                found.hosts[unit] = here
-        else:
-            here, there = found.hosts[one], found.hosts[two]
-            found.give(one, there)
-            if move == "exchange":
-                found.give(two, here)
+    move, one, two = rng.choice(KINDS), *rng.sample(range(size), 2)
+    if move == "boundary":
+        boundary = rng.choice([b for b in range(1, size) if found.begins[b]] or [one or two])
+        found.shift(boundary, left=rng.random() < 0.5)
+    elif move == "stages":
+        first, second = found.stage_of(one), found.stage_of(two)
+        here, there = found.hosts[one], found.hosts[two]
+        for unit in first:
+            found.hosts[unit] = there
+        for unit in second:
+            found.hosts[unit] = here
+    else:
+        here, there = found.hosts[one], found.hosts[two]
+        found.give(one, there)
+        if move == "exchange":
+            found.give(two, here)
     name = placement.name if placement.name.endswith(MOVED) else placement.name + MOVED
     made = found.placement(name)
     return None if (made.stages, made.routes) == (placement.stages, placement.routes) else made
+
+
+def rerouted(problem: PlanningProblem, placement: Placement, rng: random.Random) -> Placement | None:
+    """A placement in which one microbatch of a unit, or of the whole stage that the unit is in, runs on another rank,
+    or two of its microbatches have exchanged ranks; None where the groups allow one replica only.
+
+    Replicas come and go with the microbatches they run; whether they fit is not looked at here.
+    """
+    try:
+        found = UnitHosts(problem, placement)
+    except ValueError:
+        return None
+    unit = rng.randrange(len(found.blocks))
+    _, route, again = found.hosts[unit]
+    moved = found.stage_of(unit) if rng.random() < 0.5 else range(unit, unit + 1)
+    if any(problem.groups[g].single for u in moved for g in found.blocks[u]):
+        return None
+    changed, one, two = list(route), rng.randrange(len(route)), rng.randrange(len(route))
+    if route[one] != route[two]:
+        changed[one], changed[two] = route[two], route[one]
+    else:
+        changed[one] = rng.choice([rank for rank in range(problem.num_ranks) if rank != route[one]])
+    for u in moved:
+        found.give(u, (tuple(sorted(set(changed))), tuple(changed), again))
+    return found.placement(placement.name if placement.name.endswith(MOVED) else placement.name + MOVED)

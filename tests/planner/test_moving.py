@@ -15,12 +15,13 @@ from mipipe.planner.check import check_plan
 from mipipe.planner.how import by_highs
 from mipipe.planner.jobs.arrays import build, mirror
 from mipipe.planner.jobs.stages import view
+from mipipe.planner.ladder.activities import Indexing, Pacing, Polishing, Proving
 from mipipe.planner.ladder.admission import admit_placement
 from mipipe.planner.ladder.moving import MOVING, Moving
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.placements.cuts import units
-from mipipe.planner.placements.moves import MOVED, UnitHosts, is_movable, neighbour
+from mipipe.planner.placements.moves import MOVED, UnitHosts, drawn, is_movable, neighbour, rerouted
 from mipipe.planner.placements.shapes import propose_shapes
 from mipipe.planner.plan import Placement, Plan, Stage
 from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem
@@ -58,6 +59,105 @@ def test_moves_keep_every_group_once_its_units_whole_and_copies_images(seed: int
         assert all(sum(set(block) <= set(stage.groups) for stage in placement.stages) == 1
                    for block in units(problem))
         assert (mirror(view(problem, placement)) is not None) == halved
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(["chain", "v", "two-way"]))
+def test_a_reroute_changes_microbatches_of_one_stage_and_replicas_follow(seed: int, shape: str) -> None:
+    """One microbatch goes elsewhere or two change places; all other groups run where they ran."""
+    rng = random.Random(seed)
+    problem = uniform_problem(ranks=3, microbatches=4, f=1, i=1, w=1, layers=6)
+    problem = problem.replace(groups=tuple(dataclasses.replace(group, single=g % 4 == 0)
+                                           for g, group in enumerate(problem.groups)))
+    placement, made = next(propose_shapes(problem.replace(groups=tuple(
+        dataclasses.replace(group, single=False) for group in problem.groups)), shape)), 0
+    for _ in range(30):
+        found = rerouted(problem, placement, rng)
+        if found is None:
+            continue
+        made += 1
+        before, after = _ranks(placement), _ranks(found)
+        changed = {g for g in range(len(problem.groups)) if before[g] != after[g]}
+        assert changed and not any(problem.groups[g].single for g in changed)
+        assert max(changed) - min(changed) < len(changed) <= 2  # of one stage
+        for g in changed:
+            moved = [m for m in range(4) if before[g][m] != after[g][m]]
+            assert len(moved) == 1 or (len(moved) == 2 and sorted(before[g]) == sorted(after[g]))
+        assert all(set(route) == set(stage.ranks) for stage, route in zip(found.stages, found.routes, strict=True))
+        view(problem, found)
+    assert made
+
+
+def _ranks(placement: Placement) -> dict[int, tuple[int, ...]]:
+    """Every group's rank of every microbatch."""
+    return {g: route for stage, route in zip(placement.stages, placement.routes, strict=True) for g in stage.groups}
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(["chain", "v", "two-way", "wave"]), st.sampled_from([2, 3]))
+def test_orders_of_rerouted_placements_are_paced_polished_and_proven(seed: int, shape: str, ranks: int) -> None:
+    """No replicas are too odd for any activity that orders the placements it is given."""
+    rng = random.Random(seed)
+    problem = uniform_problem(ranks=ranks, microbatches=3, f=1, i=1, w=1, layers=4 * ranks)
+    problem = problem.replace(groups=tuple(dataclasses.replace(group, single=False) for group in problem.groups))
+    run = Run(problem, PlanOptions(time_limit_s=1000, threads=1, seed=seed))
+    placement: Placement | None = next(propose_shapes(problem, shape))
+    for _ in range(4):
+        placement = drawn(problem, placement, rng) or placement
+        if admit_placement(run, placement) is not None:
+            break
+    for activity in (Pacing(run), Polishing(run), Proving(run), Indexing(run), Moving(run)):
+        for _ in range(2):
+            activity.step(0.1)
+    if run.best is not None:
+        check_plan(Plan("", problem, run.best.placement, run.best.best.schedule, run.makespan_ns))
+        assert run.best.bound.ns <= run.makespan_ns
+
+
+def test_a_stage_on_all_ranks_between_others_is_ordered() -> None:
+    """Its actions are at no moment of the pattern that the ranks of the others share."""
+    problem = uniform_problem(ranks=3, microbatches=4, f=1, i=1, w=1, layers=5)
+    problem = problem.replace(groups=tuple(dataclasses.replace(group, single=False) for group in problem.groups))
+    stages = (Stage((0, 1), (0,)), Stage((2,), (0, 1, 2)), Stage((3,), (1,)), Stage((4,), (2,)))
+    run = Run(problem, PlanOptions(time_limit_s=1000, threads=1))
+    found = admit_placement(run, Placement(stages, ((0,) * 4, (0, 1, 2, 1), (1,) * 4, (2,) * 4)))
+    assert found is not None and Pacing(run).step(1.0)
+
+
+def test_a_microbatch_on_another_replica_is_found() -> None:
+    """Two layers, one three times as long, three microbatches on two ranks: only where one of three microbatches of the
+    long layer runs beside the short one is a step of 3 x (3 + 1) = 12 units shared as 6 and 6."""
+    durations = (3, 1)
+    groups = tuple(Group(f"layer{n}", {"device": PhaseTimes(time, None, None)}, resident_bytes=1)
+                   for n, time in enumerate(durations))
+    problem = PlanningProblem("two", groups, (GroupEdge(0, (1,), value="x"),),
+                              Topology.uniform(2, latency_ns=0, kind="device"), 3)
+    run = Run(problem, PlanOptions(time_limit_s=1000, threads=1))
+    admit_placement(run, Placement((Stage((0,), (0,)), Stage((1,), (1,))), ((0,) * 3, (1,) * 3)))
+    assert run.makespan_ns == 10
+    moving = Moving(run)
+    for _ in range(50):
+        if run.makespan_ns <= 7:
+            break
+        moving.step(0.1)
+    assert run.makespan_ns <= 7
+
+
+def test_no_neighbour_comes_again_before_all_have_been_tried() -> None:
+    run = Run(uneven_chain([3, 1, 4], ranks=2, microbatches=1), PlanOptions(time_limit_s=1000, threads=1))
+    admit_placement(run, next(propose_shapes(run.problem, "chain")))
+    run.best.bound = dataclasses.replace(run.best.bound, ns=0)
+    moving = Moving(run)
+    moving._begin_lines()
+    rounds: list[list[tuple[object, ...]]] = [[]]
+    moving.heads = [0] * 3
+    while len(rounds) < 3:
+        found = moving._neighbour(moving.lines[0], float("inf"))
+        if found is None:
+            rounds.append([])
+        else:
+            rounds[-1].append((found.placement.stages, found.placement.routes))
+    assert all(len(set(found)) == len(found) > 1 for found in rounds[:2]) and set(rounds[0]) & set(rounds[1])
 
 
 def test_frozen_groups_never_run_their_forward_again() -> None:

@@ -55,14 +55,17 @@ class Staircase:
 
 
 def staircase_of(view: StageView) -> Staircase | None:
-    """The legs of a placement; None where it is no staircase (branches, collectives, recomputation, other routes)."""
+    """The legs of a placement; None where it is no staircase (branches, collectives, recomputation, other routes, or
+    stages dealt to all ranks between others)."""
     chained = all(edge.target == edge.source + 1 for edge in view.edges)
     if (not chained or any(stream is not Stream.COMPUTE for stream in view.streams)
             or any(stage.recompute for stage in view.placement.stages)):
         return None
     names, rove = route_names(view), roving(view)
     kept = [s for s in range(view.num_stages) if not rove[s]]
-    if not kept or len(set(names)) > MOST_CLASSES or any(view.i_ns[s] is None for s in kept):
+    if not kept or kept != list(range(kept[0], kept[-1] + 1)):
+        return None
+    if len(set(names)) > MOST_CLASSES or any(view.i_ns[s] is None for s in kept):
         return None
     legs: list[Leg] = []
     spans = set()

@@ -30,7 +30,7 @@ def test_what_is_left_is_used_as_well_as_it_can_be(pieces, batch, links, used):
     """No degrees of any number of devices up to three are better: three copies of six sequences; as two do not divide
     by three, two copies beside an idle device; one device alone where links are slow."""
     pricer, given = Pricer(pieces, machine(inside=links)), {"context": 1, "zero": 1, "chunks": 1}
-    found = best_of_fewer(pricer, 3, batch, replace(QUICK, given=given))
+    found = best_of_fewer(pricer, 3, batch, replace(QUICK, given=given, time_limit_s=40.0))
     every = [item for count in range(1, 4) for item in everything(pricer, count, batch, given, 1)]
     assert found.seconds <= min(item.seconds for item in every) * 1.001
     assert found.degrees.devices == used and not found.shortage
