@@ -27,7 +27,7 @@ from mipipe.planner.execution.steps import schedule_period
 from mipipe.planner.explain.binding import explain_plan
 from mipipe.planner.gap import gap_of
 from mipipe.planner.how import How
-from mipipe.planner.ladder import exactly, large, order_rungs, period, placement_rungs
+from mipipe.planner.ladder import exactly, fitting, large, order_rungs, period, placement_rungs
 from mipipe.planner.ladder.activities import Indexing, Pacing, Polishing, Proving, Tightening
 from mipipe.planner.ladder.admission import admit_placement, enter, has_plan, recomputing, take
 from mipipe.planner.ladder.apart import Parting
@@ -156,10 +156,12 @@ def _ladder(run: Run) -> None:
     tuning = _first_plans(run)
     if not run.candidates and run.options.recompute:
         recomputing(run)
+    proven = not run.candidates and placement_rungs.nothing_fits(run)
+    if not run.candidates and not proven:
+        fitting.fit(run)
     if not run.candidates:
         raise InfeasibleError(why_infeasible(run.problem, run.options.placement,
-                                             lambda changed: has_plan(changed, run.options),
-                                             proven=placement_rungs.nothing_fits(run)))
+                                             lambda changed: has_plan(changed, run.options), proven=proven))
     if run.best is not None:
         run.ablation.append({"rung": run.best.rung, "placement": run.best.placement.name, "before": None,
                              "makespan": run.makespan_ns / run.problem.unit_ns, "variables": None, "constraints": None,

@@ -27,6 +27,8 @@ class TimeShares:
     """Placements enter with a first schedule, and published schedules are tried."""
     until_several: float = 0.1
     """The same where there are several candidates already: the most promising came first."""
+    until_fitted: float = 0.5
+    """A placement that fits is looked for where no shape does, and nothing proves that none exists."""
     until_moded: float = 0.4
     """Modes are chosen once there is a plan."""
     for_makespan: float = 0.25

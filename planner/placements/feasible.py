@@ -73,6 +73,15 @@ def shortage(problem: PlanningProblem, placement: Placement) -> Shortage | None:
     return worst if worst.lacking_bytes > 0 else None
 
 
+def lacking_bytes(problem: PlanningProblem, placement: Placement) -> list[int]:
+    """What every rank lacks for its weights and state, and for one microbatch at a time beside them."""
+    held = resident_bytes(problem, placement)
+    instance = build(view(problem, placement))
+    needs, rooms = single_microbatch_bytes(instance).tolist(), instance.cap.tolist()
+    return [max(0, held[rank] - resident_room(problem, rank)) + max(0, need - max(0, room))
+            for rank, (need, room) in enumerate(zip(needs, rooms, strict=True))]
+
+
 def single_microbatch_bytes(instance: Instance) -> np.ndarray:
     """Bytes each rank needs to run one microbatch alone, the worst over microbatches."""
     ranks, count = len(instance.cap), instance.view.problem.num_microbatches

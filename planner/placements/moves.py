@@ -88,6 +88,15 @@ class UnitHosts:
         return range(first, last)
 
 
+def has_whole_units(problem: PlanningProblem, placement: Placement) -> bool:
+    """Whether every stage is a run of consecutive whole units, as moves take it."""
+    try:
+        UnitHosts(problem, placement)
+    except ValueError:
+        return False
+    return True
+
+
 def is_movable(problem: PlanningProblem, placement: Placement) -> bool:
     """Whether a placement has moves: every stage a run of whole units, at least two hosts."""
     try:
@@ -158,4 +167,29 @@ def rerouted(problem: PlanningProblem, placement: Placement, rng: random.Random)
         changed[one] = rng.choice([rank for rank in range(problem.num_ranks) if rank != route[one]])
     for u in moved:
         found.give(u, (tuple(sorted(set(changed))), tuple(changed), again))
+    return found.placement(placement.name if placement.name.endswith(MOVED) else placement.name + MOVED)
+
+
+def toggled(problem: PlanningProblem, placement: Placement, rng: random.Random) -> Placement | None:
+    """A placement in which one stage runs F again that did not, or no more; None where its groups cannot."""
+    chosen = rng.randrange(len(placement.stages))
+    stage = placement.stages[chosen]
+    if any(problem.groups[g].recompute_bytes is None for g in stage.groups):
+        return None
+    stages = list(placement.stages)
+    stages[chosen] = replace(stage, recompute=not stage.recompute)
+    name = placement.name if placement.name.endswith(MOVED) else placement.name + MOVED
+    return Placement(tuple(stages), placement.routes, name)
+
+
+def elsewhere(problem: PlanningProblem, placement: Placement, rng: random.Random) -> Placement | None:
+    """A placement in which one unit runs on one rank, whichever, for all microbatches; None where it does already."""
+    try:
+        found = UnitHosts(problem, placement)
+    except ValueError:
+        return None
+    unit, rank = rng.randrange(len(found.blocks)), rng.randrange(problem.num_ranks)
+    if found.hosts[unit][0] == (rank,):
+        return None
+    found.give(unit, ((rank,), (rank,) * problem.num_microbatches, found.hosts[unit][2]))
     return found.placement(placement.name if placement.name.endswith(MOVED) else placement.name + MOVED)
