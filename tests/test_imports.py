@@ -27,10 +27,15 @@ def _files(*folders: str) -> list[Path]:
 
 
 @cache
+def _tree(path: Path) -> ast.Module:
+    """A file, parsed once for all tests."""
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+@cache
 def _nodes(path: Path) -> tuple[ast.stmt, ...]:
     """The imports of a file, wherever in it they stand."""
-    tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
-    return tuple(node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom))
+    return tuple(node for node in ast.walk(_tree(path)) if isinstance(node, ast.Import | ast.ImportFrom))
 
 
 def _imports(path: Path) -> Iterator[tuple[str, int]]:
@@ -99,7 +104,7 @@ def test_pyomo_is_imported_where_a_model_is_built() -> None:
     """It takes longer to import than many a plan takes to find: no module does so as it is imported itself."""
     wrong = []
     for path in _files("planner"):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for node in _tree(path).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else (
                 [node.module or ""] if isinstance(node, ast.ImportFrom) else [])
             wrong += [f"{path.relative_to(ROOT)}:{node.lineno}" for name in names if _under(name, "pyomo")]
@@ -117,7 +122,7 @@ def test_a_class_has_one_meaning() -> None:
     """No two modules define public classes of one name: whoever reads a name knows which is meant."""
     places: dict[str, list[str]] = {}
     for path in _files(*LAYERS, "mipipe"):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for node in _tree(path).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places.setdefault(node.name, []).append(f"{path.relative_to(ROOT)}:{node.lineno}")
     twice = {name: where for name, where in places.items() if len(where) > 1}
@@ -153,7 +158,7 @@ def test_a_number_of_the_planner_has_its_words() -> None:
                 and isinstance(node.value.func, ast.Name) and not node.value.args and not node.value.keywords}
         yield from (node for node in body if isinstance(node, ast.ClassDef) and node.name in made)
 
-    bodies = [(path, ast.parse(path.read_text(encoding="utf-8")).body) for path in _files("planner")]
+    bodies = [(path, _tree(path).body) for path in _files("planner")]
     numbers = [(path, line, said) for path, body in bodies for line, said in named(body)]
     rows = [(path, row.lineno, is_said(after)) for path, body in bodies for table in tables(body)
             for row, after in pairwise([*table.body, ast.Pass()]) if isinstance(row, ast.AnnAssign)]
@@ -220,8 +225,8 @@ def _reachable(start: str, arrows: dict[str, set[str]]) -> set[str]:
 def test_modules_go_by_their_own_names() -> None:
     """A module of the planner is imported under its own name: one thing, one name."""
     named = {(file.relative_to(ROOT).as_posix(), node.module, alias.name, alias.asname)
-             for file in (ROOT / "planner").rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))
-             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mipipe") for alias in node.names
+             for file in _files("planner") for node in _nodes(file) if isinstance(node, ast.ImportFrom)
+             and (node.module or "").startswith("mipipe") for alias in node.names
              if alias.asname not in (None, alias.name)
              and (ROOT / (node.module or "").removeprefix("mipipe.").replace(".", "/") / f"{alias.name}.py").is_file()}
     assert not named

@@ -190,6 +190,7 @@ def test_a_device_s_spans_have_no_gap_that_a_run_has_not(launch_ns, work_ns, wan
     assert [max(item) for item in spans] == pytest.approx([launch_ns + work_ns] * 5)
 
 
+@pytest.mark.slow
 def test_known_groups_are_neighbours_of_new_ones_and_stay(transformer, tmp_path):
     """What another model's profile left of a structure is used; the groups it lacks are measured."""
     small = transformer(2)

@@ -29,6 +29,7 @@ def loss_of(recipe):
     return float(found.outputs[graph.loss]), module, ids
 
 
+@pytest.mark.slow
 def test_losses_of_routers_add_up():
     plain, module, ids = loss_of(None)
     same = loss_of(RecipeConfig(LossConfig("cross_entropy")))[0]

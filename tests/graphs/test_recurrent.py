@@ -50,8 +50,11 @@ CASES = {
     "rnn_relu": ("RNN", {"nonlinearity": "relu", "bidirectional": True}),
 }
 
+QUICK = ("lstm", "gru_both_ways", "rnn_relu")
 
-@pytest.mark.parametrize("name", CASES)
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+                                  for name in CASES])
 def test_recurrent_layers_equal_torch(name: str) -> None:
     kind, options = CASES[name]
     torch.manual_seed(0)

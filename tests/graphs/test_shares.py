@@ -42,7 +42,7 @@ OWN = {
     "qwen3_moe_sent": Case("qwen3_moe", {**MOE, "head_dim": 8}, {"expert_parallel": 2}),
 }
 FAMILIES = {**OWN, **CASES}
-QUICK = ("olmo2", "falcon_one_key", "shared_experts")
+QUICK = ("falcon_one_key", "shared_experts")
 
 
 def sends(work):

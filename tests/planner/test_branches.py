@@ -36,7 +36,7 @@ def test_parameters_tied_across_the_join_leave_no_encoder() -> None:
     assert encoders(problem) == [] and not list(propose_shapes(problem, "apart"))
 
 
-@pytest.mark.parametrize("images", [(), (0.0, 4.0, 1.0, 2.0, 0.0, 3.0)])
+@pytest.mark.parametrize("images", [pytest.param((), marks=pytest.mark.slow), (0.0, 4.0, 1.0, 2.0, 0.0, 3.0)])
 @pytest.mark.parametrize("shape", [name for name in PLACEMENTS if name != "free"])
 def test_every_shape_plans_a_model_with_branches(shape: str, images: tuple[float, ...]) -> None:
     problem = multimodal_problem(images=images)

@@ -283,7 +283,8 @@ except RunError as error:
 """
 
 
-@pytest.mark.parametrize(("how", "text"), [("raises", "the disk is gone"), ("dies", "rank 1 ended with status 3")])
+@pytest.mark.parametrize(("how", "text"), [
+    ("raises", "the disk is gone"), pytest.param("dies", "rank 1 ended with status 3", marks=pytest.mark.slow)])
 def test_a_rank_that_fails_ends_the_merge(tmp_path, how, text):
     """In a process of its own, which has no threads and forks its ranks."""
     trio(tmp_path)

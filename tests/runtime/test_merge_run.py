@@ -100,8 +100,9 @@ def test_ties_over_the_whole_model_has_one_threshold(root, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "changes"), [
-    ("linear", {}), ("ties", {"parameters": {"density": 0.3, "scope": "model", "rescale": True}}), ("dare_ties", {}),
-    ("frank", {}), ("doge", {}), ("slerp", {}), ("tsvm", {}), ("widen", {}), ("karcher", {}), ("sce", {}),
+    ("linear", {}), ("ties", {"parameters": {"density": 0.3, "scope": "model", "rescale": True}}), ("doge", {}),
+    ("widen", {}), *(pytest.param(name, {}, marks=pytest.mark.slow) for name in ("dare_ties", "frank", "slerp", "tsvm",
+                                                                                 "karcher", "sce")),
 ])
 def test_ranks_and_memory_caps_do_not_show_in_the_result(name, changes, root, tmp_path):
     data = recipe_for(name, root, **changes)
@@ -223,6 +224,7 @@ def test_a_folder_that_is_no_unfinished_merge_is_not_touched(root, tmp_path):
     assert (tmp_path / "out.partial" / "thesis.txt").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_no_result_and_can_be_continued(root, tmp_path):
     """SIGKILL in the middle, from a process of its own."""
     recipe = tmp_path / "recipe.yaml"

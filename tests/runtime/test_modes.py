@@ -75,6 +75,7 @@ def check_step(pool, made, name, members, modes):
     assert not wrong
 
 
+@pytest.mark.slow
 def test_a_whole_step(pool, made):
     """The loss and all gradients of a model, segment after segment on the team."""
     check_step(pool, made, "vlm-lora", 2, ("sequence",))

@@ -37,7 +37,8 @@ def album_model():
                                   loss_info=sum_over("labels", shift=True))
 
 
-@pytest.mark.parametrize("listed", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("listed", [True, False])
 def test_parts_that_split_differently(pool, listed):
     """Rows of tokens and numbers of images differ: as whole tensors, and as a list of microbatches."""
     module, graph = album_model()

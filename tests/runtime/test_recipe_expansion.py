@@ -108,6 +108,7 @@ def step(plan, graph, state, batch):
     return loss, {name: item.grad for name, item in engine.named_parameters()}
 
 
+@pytest.mark.slow
 def test_two_ranks_train_mixtures_as_autograd_does(pool):
     model, _ = made()
     batch = torch.randn(ROWS * COUNT, WIDTH, dtype=torch.float64)

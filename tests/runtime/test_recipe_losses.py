@@ -52,7 +52,7 @@ def close(own, gradients, wanted, value, tolerance, loss_is_value=True):
         assert torch.linalg.vector_norm(gradient - wanted[1][name]) <= tolerance * size + 1e-14, f"{value}: {name}"
 
 
-@pytest.mark.parametrize("cases", [CASES[1:4:2] + CASES[9:10] + CASES[13:],
+@pytest.mark.parametrize("cases", [CASES[1:2] + CASES[13:14],
                                    pytest.param(CASES, marks=pytest.mark.slow)], ids=["some", "all"])
 def test_losses_on_two_ranks_and_two_copies_equal_their_formulas(pool, cases):
     """Losses and gradients; the groups of three cross microbatches of two rows. One process has them to 1e-12."""
@@ -139,6 +139,7 @@ def own_log_probs(module, whole):
     return found
 
 
+@pytest.mark.slow
 def test_one_branch_or_branches_that_are_alike_are_plain_grpo():
     """CoPD: without another branch's rows (K = 1), or towards a branch with the same weights, nothing is added."""
     rows = recipes.ROWS * COUNT

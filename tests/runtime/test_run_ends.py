@@ -485,7 +485,7 @@ def test_a_status_of_0_alone_is_no_finished_run(tmp_path):
     assert end_of(tmp_path, log, 0, asked=False) is None
 
 
-@pytest.mark.parametrize("code", [0, 4])
+@pytest.mark.parametrize("code", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_a_worker_ends_as_its_run_did(code):
     """What libraries do as the interpreter ends does not count: an abort after the last step is no failed run."""
     script = (f"import atexit, os, sys; from mipipe.runtime import worker; worker.guarded = lambda options: {code};"

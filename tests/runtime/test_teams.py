@@ -92,6 +92,7 @@ def test_experts_beside_tensor_parallel_layers_in_two_copies(pool):
     teams.compare(pool, made, plans_of(made.graph, 1, by_expert(made.graph, copies=2)))
 
 
+@pytest.mark.slow
 def test_a_parameter_of_segments_in_two_modes(pool):
     """The gate is read by every layer: in one mode its gradients are sums over members, in the other all have them."""
     made = equal.case("skip")
@@ -124,7 +125,8 @@ def test_dropout_and_float32(pool):
         teams.compare(pool, made, plans_of(made.graph, 2, one_mode("sequence")), 1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "vlm", "deepseek"])
+@pytest.mark.parametrize("name", [
+    "llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vlm", "deepseek"))])
 def test_what_runs_again_changes_nothing_but_memory(name):
     """Whole layers, attention alone, and up-projections of latents, in split and whole backwards."""
     made = equal.case(name)

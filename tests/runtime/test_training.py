@@ -201,6 +201,7 @@ def token_batches():
         number += 1
 
 
+@pytest.mark.slow
 def test_deterministic_runs_and_resumes_are_bitwise_equal(pool, tmp_path):
     """A mixture in float32 on two ranks, with clipping: twice from the start, and once more from its middle."""
     case = equal.case("moe", torch.float32)

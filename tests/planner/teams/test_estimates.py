@@ -65,7 +65,7 @@ def odd(tmp_path_factory):
     return capture(str(folder), seq=512, dtype="bfloat16", verify=False)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_what_does_not_divide_is_whole_as_when_traced(odd, size):
     """Odd sizes and fewer key heads than members: the estimate divides what the runtime divides, and says the rest."""
     graph, shares = with_modes(odd, ("tensor",), (size,)), TeamShares(odd)
@@ -174,7 +174,7 @@ def test_scores_of_unfused_attention_go_through_memory(llama):
     assert again.phases[Phase.I].flops == eager.phases[Phase.I].flops + products[0].flops
 
 
-@pytest.mark.parametrize("mode", ["tensor", "sequence"])
+@pytest.mark.parametrize("mode", [pytest.param("tensor", marks=pytest.mark.slow), "sequence"])
 def test_tokens_that_travel_are_a_members_part(tmp_path, mode):
     """Of a graph whose tokens travel to their experts: in ``tensor`` mode what a layer gathers is its tokens, once in F
     and once in I, and in both modes a member has its part of the rows, where the trace is divided and where it is

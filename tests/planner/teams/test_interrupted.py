@@ -43,8 +43,8 @@ def pressing(text, number=1):
     return tell
 
 
-@pytest.mark.parametrize("moment", ["1 of", "overlapped pairs", "polishing", "zb-v on", "ordering",
-                                    "pricing what may be faster"])
+@pytest.mark.parametrize("moment", ["1 of", "ordering", "pricing what may be faster", *(
+    pytest.param(moment, marks=pytest.mark.slow) for moment in ("overlapped pairs", "polishing", "zb-v on"))])
 def test_the_best_so_far_is_the_result(pricer, least, moment):
     usual = signal.getsignal(signal.SIGINT)
     options = replace(OPTIONS, time_limit_s=2.0) if moment.startswith("pricing") else OPTIONS

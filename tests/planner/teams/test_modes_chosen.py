@@ -93,7 +93,8 @@ def searched(pricer, options):
 
 
 @pytest.mark.parametrize("inside, memory, wins, given", [
-    (10**11, 10**9, TOWER, ONE), (10**8, 10**9, (), ONE), (10**11, 400_000, (), ONE),
+    (10**11, 10**9, TOWER, ONE), pytest.param(10**8, 10**9, (), ONE, marks=pytest.mark.slow),
+    pytest.param(10**11, 400_000, (), ONE, marks=pytest.mark.slow),
     pytest.param(10**11, 10**9, TOWER, {"sequence": 2}, marks=pytest.mark.slow),
     pytest.param(10**8, 10**9, (), {"sequence": 2}, marks=pytest.mark.slow)], ids=str)
 def test_modes_free_are_never_worse_than_fixed(llava, inside, memory, wins, given):

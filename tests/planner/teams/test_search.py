@@ -21,7 +21,8 @@ from mipipe.planner.teams.search import search_teams
 from mipipe.planner.teams.space import DegreeSpace, all_degrees, least_seconds, roughly_fits
 
 
-@pytest.mark.parametrize("memory", [10**9, pytest.param(45 * 10**6, marks=pytest.mark.slow), 28 * 10**6])
+@pytest.mark.parametrize("memory", [
+    10**9, *(pytest.param(memory * 10**6, marks=pytest.mark.slow) for memory in (45, 28))])
 def test_searched_degrees_equal_those_of_trying_all(pieces, memory):
     """8 devices, 6 layers: the same degrees, and a step at most as long (a stage may run single layers again)."""
     pricer = Pricer(pieces, machine(memory))
@@ -70,6 +71,7 @@ def test_what_is_fixed_stays_fixed(pieces):
     assert [point.bound for point in waiting] == sorted(point.bound for point in waiting)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_faster_is_not_priced(pieces, monkeypatch):
     """Where there are too many combinations to price all first: the same best and the same bound over all degrees, from
     fewer that are priced. Where none fits, or none was solved in time, the search says so."""

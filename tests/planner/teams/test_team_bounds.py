@@ -164,6 +164,7 @@ def test_floors_of_traced_modes(llama, recompute):
     compare_floors(Pricer(traced, machine(60 * 10**6, host=4, outside=3 * 10**8)), recompute, by_floors=True)
 
 
+@pytest.mark.slow
 def test_floors_where_latents_may_be_made_again(latent_pieces):
     compare_floors(Pricer(latent_pieces, machine(40 * 10**6, host=4, outside=3 * 10**8)), by_floors=True)
 
