@@ -107,3 +107,10 @@ def test_gradients_of_several_steps_are_added_up(pool, name, team, zero, master)
             error = torch.linalg.vector_norm(found[key] - item)
             assert error <= bound * max(torch.linalg.vector_norm(item), least), f"{key} is off by {error}"
             assert sizes[key] <= item.numel() // 2 or item.shape[0] % 4, key
+
+
+@pytest.mark.parametrize("optimizer, shard", [("muon", "gradients"), ("reg", True)])
+def test_matrices_are_put_together_from_context_members(pool, tmp_path, optimizer, shard):
+    """Of gradients in parts each device has its matrices put together; where they are whole, copies share them."""
+    answers = run(pool, "llama", 1, COPIES, config_of(tmp_path, 2, shard, optimizer))
+    check("llama", answers, 0, 2, optimizer)
