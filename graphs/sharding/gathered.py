@@ -25,7 +25,7 @@ CONTEXT = "context"
 """The axis of a team whose members hold the same parameters."""
 COPIES = "copies"
 """The axis that copies of the plan are along."""
-ALIKE = "alike"
+CONTEXT_COPIES = "context_copies"
 """The axis of a team's members along the context axis in all copies, those of one copy neighbours."""
 EXPERT_COPIES = "expert_copies"
 """The axis of the devices of a plan rank that hold the same experts."""
@@ -38,7 +38,7 @@ def gathered(member: MemberGraph, copies: int, zero: int = 3, apart: Collection[
     parameters (canonical FQNs) that are held otherwise: banks, of whose experts each of ``expert_copies`` devices with
     the same ones holds a part along the second dimension."""
     parts = _parts(member, copies, zero, apart, context)
-    alike = {fqn for fqn, part in parts.items() if part.axis == ALIKE}
+    alike = {fqn for fqn, part in parts.items() if part.axis == CONTEXT_COPIES}
     member = _summed_alike(member, alike, context)
     graph, sums = member.graph, dict(member.sums)
     for fqn in alike & set(sums) if zero > 1 else ():  # a reduce-scatter sums over the context axis
@@ -72,7 +72,7 @@ def _parts(member: MemberGraph, copies: int, zero: int, apart: Collection[str], 
     found = {}
     for item in member.graph.parameters:
         along = 1 if any(part.axis == CONTEXT for part in member.divisions.get(item.fqn, ())) else context
-        part = Division(ALIKE if along > 1 else COPIES, along * copies, 0)
+        part = Division(CONTEXT_COPIES if along > 1 else COPIES, along * copies, 0)
         if not item.buffer and item.tied_to is None and item.fqn not in apart and (item.trainable or zero == 3) \
                 and part.size > 1 and item.spec.shape and fits(item.spec.shape, divided(0), part.size):
             found[item.fqn] = part
