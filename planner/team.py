@@ -35,7 +35,7 @@ class Team:
 
     ``axes``: members along each axis, the slowest first; without axes a rank is one device. ``modes``: what runs how.
     ``kind``: of the devices. ``microbatch``: sequences of one microbatch (0: as the graph was captured). ``expert``:
-    devices that share banks of experts. ``zero``: what copies divide among them (as in a run's degrees).
+    devices that share banks of experts. ``zero``: what devices that hold the same divide (as in a run's degrees).
     ``again``: segments that keep only what goes into them and run again in the backward, in runs that do so together;
     ``attention_again``: those of which attention alone does; ``latents_again``: those of which queries, keys and values
     are made of latents again (`mipipe.graphs.costs.latents`).
@@ -58,7 +58,7 @@ class Team:
             raise PlanError(f"team: axes {shown(self.axes)}; expected at least 2 members along"
                             f" {' and '.join(AXES)}, in this order, or no axes")
         if self.zero > 3:
-            raise PlanError(f"team: zero is {shown(self.zero)}; expected 0 to 3: what copies divide among them")
+            raise PlanError(f"team: zero is {shown(self.zero)}; expected 0 to 3: what devices holding the same divide")
         for item in self.modes:
             if item.axis not in self.axes or item.mode not in AXES[item.axis]:
                 raise PlanError(f"team: mode {shown(item.mode)} along axis {shown(item.axis)}; expected one of"

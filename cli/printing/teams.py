@@ -72,14 +72,16 @@ def recompute_text(result: TeamResult) -> str:
 
 
 def zero_text(degrees: Degrees) -> str:
-    """What copies divide among them."""
+    """What devices that hold the same divide among them."""
     zero = degrees.zero
-    if zero and degrees.copies == 1:
-        return "one copy, so " + ("nothing sharded" if degrees.expert == 1 or degrees.expert_copies == 1 else
+    if zero and degrees.alike == 1:
+        return "one copy, so " + ("nothing sharded" if degrees.expert == 1 or degrees.alike_experts == 1 else
                                   "optimizer state of experts alone sharded")
-    return ("nothing sharded over copies", "optimizer state sharded over copies (ZeRO-1)",
-            "optimizer state and gradients sharded over copies (ZeRO-2)",
-            "parameters, gradients and optimizer state sharded over copies (ZeRO-3)")[zero]
+    over = " and ".join(["copies"] * (degrees.copies > 1 or degrees.context == 1)
+                        + ["context members"] * (degrees.context > 1))
+    return (f"nothing sharded over {over}", f"optimizer state sharded over {over} (ZeRO-1)",
+            f"optimizer state and gradients sharded over {over} (ZeRO-2)",
+            f"parameters, gradients and optimizer state sharded over {over} (ZeRO-3)")[zero]
 
 
 def layers_text(layers: Sequence[int]) -> str:
@@ -161,11 +163,11 @@ def not_executed(result: TeamResult) -> list[str]:
                      f" --expert-parallel {degrees.expert} runs it")
     elif shared == 1 and degrees.expert > 1:
         found.append("experts are added up over the team, with no exchange of tokens")
-    elif degrees.zero > 1 and degrees.expert > 1 and degrees.expert_copies > 1:
+    elif degrees.zero > 1 and degrees.expert > 1 and degrees.alike_experts > 1:
         found.append("devices that hold the same experts divide the optimizer's state of these alone, so gradients"
                      + (" and parameters" if degrees.zero > 2 else "") + " of experts take more memory than told here")
-    elif shared > 1 and degrees.zero and degrees.expert == 1 and degrees.team > 1:
-        found.append("members of a team do not divide the state of the experts that each of them has whole")
+    elif shared > 1 and degrees.zero and degrees.expert == 1 and degrees.tensor > 1:
+        found.append("members along the tensor axis do not divide the state of the experts that each of them has whole")
     return [f"`mipipe train` runs this plan, but {'; '.join(found)}"] if found and "refuses" not in found[0] else \
         found or ["`mipipe train` runs this plan"]
 

@@ -1,84 +1,124 @@
-"""Parameters that copies of a plan hold in parts (Rajbhandari et al., "ZeRO", SC 2020).
+"""Parameters of which the devices that hold the same have a part each (Rajbhandari et al., "ZeRO", SC 2020).
 
-Every copy runs the whole of its segments on samples of its own, so a trace stays what it is but for its parameters.
+These are the copies of a plan, and with a context axis its members in all copies, but of what that axis divides already
+(tables). Each runs its segments on samples or positions of its own, so a trace stays what it is but for its parameters.
 With stage 3 an all-gather makes one whole before F reads it, and once more before the backward does, and a
-reduce-scatter leaves of its gradient the part that the copy has. With stage 2 parameters are whole while a step runs,
-and of every microbatch's gradient the part stays; with stage 1 the trace is what it is, and the sum over microbatches
-is scattered. There the engine gathers what copies updated (`mipipe.runtime.engine.parts`). Of banks of experts that
-groups of devices share, each of the devices that hold the same experts, members and copies, has a part of all of these,
-as with stage 1, whatever the stage is.
+reduce-scatter leaves of its gradient the part that the device has. With stage 2 parameters are whole while a step
+runs, and of every microbatch's gradient the part stays; with stage 1 the trace is what it is, and the sum over
+microbatches is scattered. There the engine gathers what devices updated (`mipipe.runtime.engine.parts`). Of banks of
+experts that groups of devices share, each of the devices that hold the same experts, members and copies, has a part of
+all of these, as with stage 1, whatever the stage is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from mipipe.graphs.again import renamed, with_again
 from mipipe.graphs.operator_graph import Operator, OperatorGraph, Phase, SegmentTrace, TensorSpec
 from mipipe.graphs.serialize import digest
 from mipipe.graphs.sharding.parts import divided, fits, local_shape
-from mipipe.graphs.sharding.team_graph import Division, MemberGraph
+from mipipe.graphs.sharding.team_graph import Division, MemberGraph, with_shares
 
+CONTEXT = "context"
+"""The axis of a team whose members hold the same parameters."""
 COPIES = "copies"
 """The axis that copies of the plan are along."""
+CONTEXT_COPIES = "context_copies"
+"""The axis of a team's members along the context axis in all copies, those of one copy neighbours."""
 EXPERT_COPIES = "expert_copies"
 """The axis of the devices of a plan rank that hold the same experts."""
 
 
-def gathered(member: MemberGraph, size: int, zero: int = 3, apart: Collection[str] = (),
-             expert_copies: int = 1) -> MemberGraph:
-    """The graph of a copy, of ``size``, that holds a part of every parameter whose first dimension divides; below stage
-    3 (``zero``) of those that train. ``apart``: parameters (canonical FQNs) that copies hold otherwise: banks, of whose
-    experts each of ``expert_copies`` devices with the same ones holds a part along the second dimension."""
-    graph = member.graph
+def gathered(member: MemberGraph, copies: int, zero: int = 3, apart: Collection[str] = (), expert_copies: int = 1,
+             context: int = 1) -> MemberGraph:
+    """The graph of a device that holds a part of every parameter whose first dimension divides; below stage 3
+    (``zero``) of those that train. ``copies``: of the plan, with ``context`` members along that axis each. ``apart``:
+    parameters (canonical FQNs) that are held otherwise: banks, of whose experts each of ``expert_copies`` devices with
+    the same ones holds a part along the second dimension."""
+    parts = _parts(member, copies, zero, apart, context)
+    alike = {fqn for fqn, part in parts.items() if part.axis == CONTEXT_COPIES}
+    member = _summed_alike(member, alike, context)
+    graph, sums = member.graph, dict(member.sums)
+    for fqn in alike & set(sums) if zero > 1 else ():  # a reduce-scatter sums over the context axis
+        sums[fqn] = tuple(axis for axis in sums[fqn] if axis != CONTEXT)
     canonical = {item.fqn: item.tied_to or item.fqn for item in graph.parameters}
-    parts = {item.fqn for item in graph.parameters if not item.buffer and item.tied_to is None and item.fqn not in apart
-             and item.spec.shape and fits(item.spec.shape, divided(0), size) and (item.trainable or zero == 3)
-             and size > 1}
-    made: dict[tuple[str, tuple[str, ...]], SegmentTrace] = {}
+    made: dict[object, SegmentTrace] = {}
     segments = []
     traces = {trace.digest: trace for trace in graph.traces}
     for segment in graph.segments:
         trace = traces[segment.trace]
-        names = tuple(name for name, fqn in zip(trace.parameters, segment.parameters, strict=True)
-                      if canonical[fqn] in parts)
-        key = segment.trace, names if zero > 1 else ()
+        names = {name: parts[canonical[fqn]] for name, fqn in zip(trace.parameters, segment.parameters, strict=True)
+                 if canonical[fqn] in parts and zero > 1}
+        key = segment.trace, tuple(names.items())
         if key not in made:
-            made[key] = _over_copies(trace, names, size, zero) if names and zero > 1 else trace
+            made[key] = _in_parts(trace, names, zero) if names else trace
         segments.append(replace(segment, trace=made[key].digest))
-    divisions = dict(member.divisions)
-    for fqn in parts:
-        divisions[fqn] = (*divisions.get(fqn, ()), Division(COPIES, size, 0))
-    banks = {item.fqn for item in graph.parameters if item.fqn in apart and item.trainable and expert_copies > 1
+    banks = {item.fqn: Division(EXPERT_COPIES, expert_copies, 1) for item in graph.parameters
+             if item.fqn in apart and item.trainable and expert_copies > 1
              and fits(item.spec.shape, divided(1), expert_copies)}
-    for fqn in banks:
-        divisions[fqn] = (*divisions.get(fqn, ()), Division(EXPERT_COPIES, expert_copies, 1))
-    local = tuple(replace(item, spec=_part(item.spec, size)) if canonical[item.fqn] in parts else
-                  replace(item, spec=_part(item.spec, expert_copies, 1)) if canonical[item.fqn] in banks else item
-                  for item in graph.parameters)
+    last = {**parts, **banks}
+    divisions = {**member.divisions, **{fqn: (*member.divisions.get(fqn, ()), part) for fqn, part in last.items()}}
+    local = tuple(replace(item, spec=_part(item.spec, last[canonical[item.fqn]])) if canonical[item.fqn] in last
+                  else item for item in graph.parameters)
     changed: OperatorGraph = replace(graph, segments=tuple(segments), parameters=local, modes=None,
                                      traces=tuple({trace.digest: trace for trace in made.values()}.values()))
-    return MemberGraph(changed, divisions, member.sums)
+    return MemberGraph(changed, divisions, {fqn: axes for fqn, axes in sums.items() if axes})
 
 
-def _over_copies(trace: SegmentTrace, names: tuple[str, ...], size: int, zero: int) -> SegmentTrace:
+def _parts(member: MemberGraph, copies: int, zero: int, apart: Collection[str], context: int) -> dict[str, Division]:
+    """How the devices that hold the same of a parameter divide it, by canonical FQN."""
+    found = {}
+    for item in member.graph.parameters:
+        along = 1 if any(part.axis == CONTEXT for part in member.divisions.get(item.fqn, ())) else context
+        part = Division(CONTEXT_COPIES if along > 1 else COPIES, along * copies, 0)
+        if not item.buffer and item.tied_to is None and item.fqn not in apart and (item.trainable or zero == 3) \
+                and part.size > 1 and item.spec.shape and fits(item.spec.shape, divided(0), part.size):
+            found[item.fqn] = part
+    return found
+
+
+def _summed_alike(member: MemberGraph, names: Collection[str], context: int) -> MemberGraph:
+    """The graph in which gradients of these parameters are partial sums over the context axis, also where all its
+    members have the same."""
+    graph = member.graph
+    canonical = {item.fqn: item.tied_to or item.fqn for item in graph.parameters}
+    traces, segments, summed = {trace.digest: trace for trace in graph.traces}, [], dict(member.sums)
+    for segment in graph.segments:
+        trace = traces[segment.trace]
+        equal = tuple(grad for grad, fqn in zip(trace.parameter_grads, segment.parameters, strict=True)
+                      if grad is not None and canonical[fqn] in names
+                      and CONTEXT not in member.sums.get(canonical[fqn], ()))
+        for grad, fqn in zip(trace.parameter_grads, segment.parameters, strict=True):
+            if grad in equal:
+                summed[canonical[fqn]] = (CONTEXT, *member.sums.get(canonical[fqn], ()))
+        shared = with_shares(trace, equal, context) if equal else trace
+        traces[shared.digest] = shared
+        segments.append(replace(segment, trace=shared.digest))
+    used = {segment.trace for segment in segments}
+    return replace(member, sums=summed, graph=replace(graph, segments=tuple(segments), traces=tuple(
+        trace for digest, trace in traces.items() if digest in used)))
+
+
+def _in_parts(trace: SegmentTrace, parts: Mapping[str, Division], zero: int) -> SegmentTrace:
     """A trace whose gradients of these parameters leave in parts; with stage 3 the parameters come in parts, too."""
-    whole = {name: f"{name}_whole" if zero == 3 else name for name in names}
-    gathers = [Operator(whole[name], "mipipe.all_gather.default", Phase.F, [{"ref": name}, 0, 1, size, COPIES], {},
-                        (trace.specs[name],)) for name in names if zero == 3]
+    whole = {name: f"{name}_whole" if zero == 3 else name for name in parts}
+    gathers = [Operator(whole[name], "mipipe.all_gather.default", Phase.F,
+                        [{"ref": name}, 0, 1, part.size, part.axis], {}, (trace.specs[name],))
+               for name, part in parts.items() if zero == 3]
     operators = [replace(op, args=renamed(op.args, whole), kwargs=renamed(op.kwargs, whole))
                  for op in trace.operators]
-    specs = trace.specs | {whole[name]: trace.specs[name] for name in names}
-    specs |= {name: _part(trace.specs[name], size) for name in names if zero == 3}
+    specs = trace.specs | {whole[name]: trace.specs[name] for name in parts}
+    specs |= {name: _part(trace.specs[name], part) for name, part in parts.items() if zero == 3}
     grads = list(trace.parameter_grads)
     for place, name in enumerate(trace.parameters):
         grad = grads[place]
         if name in whole and grad is not None:
-            part = grads[place] = f"{grad}_part{place}"
-            specs[part] = _part(trace.specs[name], size)
-            operators.append(Operator(part, "mipipe.reduce_scatter.default", Phase.W,
-                                      [{"ref": grad}, 0, 1, size, COPIES], {}, (specs[part],)))
+            own, part = f"{grad}_part{place}", parts[name]
+            grads[place], specs[own] = own, _part(trace.specs[name], part)
+            operators.append(Operator(own, "mipipe.reduce_scatter.default", Phase.W,
+                                      [{"ref": grad}, 0, 1, part.size, part.axis], {}, (specs[own],)))
     saved = tuple(replace(item, name=whole.get(item.name, item.name)) for item in trace.saved)
     forward = [op for op in operators if op.phase is Phase.F]
     later = [op for op in operators if op.phase is not Phase.F]
@@ -88,5 +128,5 @@ def _over_copies(trace: SegmentTrace, names: tuple[str, ...], size: int, zero: i
     return with_again(done, set(whole.values())) if zero == 3 else done
 
 
-def _part(spec: TensorSpec, size: int, dim: int = 0) -> TensorSpec:
-    return replace(spec, shape=local_shape(spec.shape, divided(dim), size))
+def _part(spec: TensorSpec, part: Division) -> TensorSpec:
+    return replace(spec, shape=local_shape(spec.shape, divided(part.dim), part.size))

@@ -16,7 +16,6 @@ from mipipe.planner.teams.bounds.of_degrees import bound_of, seconds_in_kernels
 from mipipe.planner.teams.prices.degrees import Degrees, Recompute
 from mipipe.planner.teams.prices.pieces import ModelPieces, misfit, samples_misfit
 from mipipe.planner.teams.prices.pricing import Pricer
-from mipipe.planner.teams.prices.resident import state_copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,7 @@ def divisors(value: int) -> tuple[int, ...]:
 
 def all_degrees(model: ModelPieces, devices: int, global_batch: int, given: Mapping[str, int]) -> Iterator[Degrees]:
     """Every combination of axes, and of encoders in ``batch`` mode, that divides what it must; ``given`` fixes some
-    axes. Chunks and recomputation are left to the master, microbatches and sharding over copies to `variants`."""
+    axes. Chunks and recomputation are left to the master, microbatches and ``zero`` to `variants`."""
     experts = model.has_experts
     sequence_given = given.get("sequence")
     for tensor in divisors(devices):
@@ -242,14 +241,14 @@ def bubble_of(pricer: Pricer, degrees: Degrees, global_batch: int) -> float:
 
 
 def roughly_fits(pricer: Pricer, degrees: Degrees) -> bool:
-    """Whether what stays, and what one microbatch keeps with all layers run again, fit all ranks together."""
+    """Whether what stays, and what one microbatch keeps with all layers run again, may fit all ranks together: tables
+    that the context axis divides count as if ``zero`` divided them over it once more."""
     held = pricer.footprint(degrees)
     machine = pricer.machine
     size = DTYPE_BYTES[machine.dtype]
     total = held.kept * degrees.microbatch
-    alike, experts = state_copies(machine, degrees)
-    for num_bytes, trained, copies in ((held.dense, held.trained_dense, alike),
-                                       (held.experts, held.trained_experts, experts)):
+    for num_bytes, trained, copies in ((held.dense, held.trained_dense, degrees.alike),
+                                       (held.experts, held.trained_experts, degrees.alike_experts)):
         shares = [copies if degrees.zero >= stage else 1 for stage in (1, 2, 3)]
         total += trained / size * (machine.state_bytes / shares[0] + machine.gradient_bytes / shares[1]) \
             + num_bytes / shares[2]

@@ -2,7 +2,7 @@
 
 Sums start where `mipipe.runtime.engine.compiling.buckets` put them, run while the rank goes on computing, and are
 finished before the optimizer. The gradients of a bucket are made side by side in one flat tensor, which is summed as it
-is: nothing is copied before or after. Of parameters that copies update in parts, each gets its part of the sum
+is: nothing is copied before or after. Of parameters that devices update in parts, each gets its part of the sum
 (`mipipe.runtime.engine.parts`). Gradients that were there before the step (accumulation over several steps) are set
 aside first, so that they are not summed twice.
 """
@@ -117,10 +117,13 @@ class Reducer:
         """Start the sums of these buckets; a gradient that this rank did not make counts as zero."""
         for bucket in buckets:
             flat = self._flat[bucket.names].whole()
-            sums = [grad for name in bucket.names if name in self._sums
-                    and (grad := self._sums[name].grad) is not None]
-            works = scattered(bucket.group, sums, flat, self._mesh.copy, self._mesh.num_copies) \
-                if sums and bucket.group is self._mesh.copy_group else [comm.start_all_reduce(bucket.group, flat)]
+            sums = {name: grad for name in bucket.names if name in self._sums
+                    and (grad := self._sums[name].grad) is not None}
+            parts = [self._parts[name] for name in sums]
+            by_rows = bool(parts) and not parts[0].division.dim  # banks are not
+            works = scattered(bucket.group, parts, list(sums.values()), flat) \
+                if by_rows and bucket.group is self._mesh.alike.get(parts[0].division.axis) \
+                else [comm.start_all_reduce(bucket.group, flat)]
             self._pending.append((works, bucket))
 
     def finish(self) -> None:
@@ -143,7 +146,7 @@ class Reducer:
         self._aside.clear()
 
     def _take_parts(self, names: Iterable[str]) -> None:
-        """Leave this copy's parts of these sums to the parameters."""
+        """Leave this device's parts of these sums to the parameters."""
         for name in names:
             if name in self._sums:
                 whole, self._sums[name].grad = self._sums[name].grad, None

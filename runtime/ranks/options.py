@@ -20,9 +20,9 @@ class EngineOptions:
     would wait, if the plan leaves room for all of it), ``prepost`` posts every receive that many compute actions
     earlier than the program does. ``overlap`` runs the plan's collective stream beside its compute stream where ranks
     exchange rows (a thread, on CPUs). Without ``barrier`` no step waits for the last rank's end: the loss is summed
-    meanwhile, and `Engine.step` returns that of the step before. ``zero``: what copies of the plan divide among them
-    (`mipipe.graphs.sharding.gathered`): nothing, optimizer state (1), gradients (2), parameters, gathered for each
-    segment (3); `Engine.parameters` then are this copy's parts, which a step gathers before it reads them. For graphs
+    meanwhile, and `Engine.step` returns that of the step before. ``zero``: what devices that hold the same divide among
+    them (`mipipe.graphs.sharding.gathered`): nothing, optimizer state (1), gradients (2), parameters, gathered for each
+    segment (3); `Engine.parameters` then are this device's parts, which a step gathers before it reads them. For graphs
     captured for expert parallelism: ``expert_map`` places the experts on the copies of the plan (None: in equal
     blocks), ``load_factor`` caps the rows that a copy accepts, in even shares. ``elastic``: the pool and probability of
     co-activation sampling (`mipipe.runtime.experts.elastic`), which does change what is trained.

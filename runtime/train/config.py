@@ -46,7 +46,8 @@ class OptimizerConfig:
     package.module:Class; ``options`` are its further arguments.
 
     ``groups`` give some parameters other options. ``shard`` divides the optimizer's state among data-parallel copies of
-    the plan (ZeRO stage 1); ``gradients``: gradients as well (stage 2); ``parameters``: these and parameters (stage 3).
+    the plan and their members along a context axis (ZeRO stage 1); ``gradients``: gradients as well (stage 2);
+    ``parameters``: these and parameters (stage 3).
     """
 
     __pydantic_config__: ClassVar = STRICT

@@ -14,7 +14,6 @@ from mipipe.graphs.errors import InputError, shown
 from mipipe.graphs.expressions import search
 from mipipe.graphs.named_code import import_named
 from mipipe.graphs.operator_graph import OperatorGraph, Role
-from mipipe.graphs.sharding.gathered import COPIES, EXPERT_COPIES
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.recipes.matrices import Along, ParameterShard
 from mipipe.runtime.recipes.optimizers import BANK, OPTIMIZERS, SHARD, MatrixOptimizer
@@ -32,8 +31,9 @@ def make_optimizer(name: str, engine: Engine, options: Mapping[str, Any], shard:
     """An optimizer over the rank's parameters; None for a rank without any.
 
     ``name``: a class of torch.optim in any case (``adamw``), or ``package.module:Class`` for others. ``shard`` divides
-    its state among the plan's copies: each has a part of every parameter (`EngineOptions`), or, where the optimizer
-    looks at whole ones, updates some whole parameters and broadcasts them (torch's ZeroRedundancyOptimizer).
+    its state among devices that hold the same: each has a part of every parameter (`EngineOptions`), or, where the
+    optimizer looks at whole ones, each copy updates some whole parameters and broadcasts them (torch's
+    ZeroRedundancyOptimizer).
     ``groups``: parameters with other options.
 
     Raises:
@@ -142,9 +142,9 @@ def _apart(groups: Sequence[Mapping[str, Any]], roles: Mapping[int, Role | None]
 
 
 def _tell_shards(engine: Engine) -> None:
-    """Say on every matrix that members of the team, or copies, hold in parts how it lies (`ParameterShard`), for
-    `MatrixOptimizer`."""
-    groups = {**engine.mesh.axes, COPIES: engine.mesh.copy_group, EXPERT_COPIES: engine.mesh.expert_copies_group}
+    """Say on every matrix that members of the team, or devices that hold the same, have in parts how it lies
+    (`ParameterShard`), for `MatrixOptimizer`."""
+    groups = {**engine.mesh.axes, **engine.mesh.alike}
     for name, item in engine.named_parameters():
         divisions = engine.compiled.divisions.get(name, ())
         if item.dim() > 1 and divisions:

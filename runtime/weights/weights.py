@@ -12,6 +12,7 @@ from torch import nn
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.operators.collectives import part_of
+from mipipe.graphs.sharding.team_graph import Division
 from mipipe.graphs.tracing.parameter_slices import parse_slice
 from mipipe.runtime.weights.host_weights import HostWeights
 from mipipe.runtime.weights.pieces import Piece
@@ -22,22 +23,22 @@ WeightSource = Mapping[str, torch.Tensor] | nn.Module | Callable[[], nn.Module] 
 
 
 @dataclass(frozen=True, slots=True)
-class CopyPart:
-    """What copy ``copy`` of ``size`` updates of a parameter: a part of dimension ``dim``; ``summed``: its gradients are
-    summed whole over microbatches."""
+class OwnPart:
+    """What device ``place`` of those that hold the same of a parameter updates of it, as they divide it; ``summed``:
+    its gradients are summed whole over microbatches."""
 
-    copy: int
-    size: int
-    dim: int = 0
+    division: Division
+    place: int
     summed: bool = True
 
     def whole_shape(self, part: Sequence[int]) -> tuple[int, ...]:
         """The shape of a parameter by that of a part."""
-        return tuple(length * self.size if dim == self.dim else length for dim, length in enumerate(part))
+        return tuple(length * self.division.size if dim == self.division.dim else length
+                     for dim, length in enumerate(part))
 
     def of(self, whole: torch.Tensor) -> torch.Tensor:
         """The part of a whole tensor, a view."""
-        return part_of(whole, self.copy, self.size, self.dim, 1)
+        return part_of(whole, self.place, self.division.size, self.division.dim, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class Weights:
     """Local parameters and buffers by canonical FQN (the first name of a tied tensor), and the name of every FQN.
 
     ``compute`` holds what the phase functions read: the parameter itself, its copy in the trace's dtype where the
-    master weights have another (mixed precision), or the whole of which the parameter is this copy's part. ``homes``
+    master weights have another (mixed precision), or the whole of which the parameter is this device's part. ``homes``
     make the memory of gradients that have a place of their own; others lie where the operator that made them put them.
     ``parts`` says which parameters are parts, ``own`` is that part in ``compute``, and ``sums`` where their whole
     gradients are summed (parameters without memory but for ``.grad``); those that the trace scatters have none.
@@ -58,7 +59,7 @@ class Weights:
     homes: dict[nn.Parameter, Callable[[], torch.Tensor]] = field(default_factory=dict)
     own: dict[str, torch.Tensor] = field(default_factory=dict)
     sums: dict[str, nn.Parameter] = field(default_factory=dict)
-    parts: Mapping[str, CopyPart] = field(default_factory=dict)
+    parts: Mapping[str, OwnPart] = field(default_factory=dict)
 
     def tensor(self, fqn: str) -> torch.Tensor:
         """The tensor the phase functions read for an FQN."""
@@ -108,11 +109,11 @@ def load_weights(graph: OperatorGraph, names: Iterable[str], source: WeightSourc
                  master_dtype: torch.dtype | None = None,
                  rows: Mapping[str, Sequence[int]] | None = None,
                  pieces: Mapping[str, Piece] | None = None,
-                 parts: Mapping[str, CopyPart] | None = None) -> Weights:
+                 parts: Mapping[str, OwnPart] | None = None) -> Weights:
     """Weights of the given FQNs, copied from ``source`` to ``device``.
 
     ``rows``: of these parameters only some rows, in this order (the experts a rank holds). ``pieces``: of these only
-    the piece that a member of a team holds; of stored weights nothing else is read. ``parts``: what this copy updates
+    the piece that a member of a team holds; of stored weights nothing else is read. ``parts``: what this device updates
     of parameters, while what runs reads them whole.
 
     Raises:

@@ -1,136 +1,28 @@
 """Training runs on teams: clipping, sharded optimizer state, checkpoints and saved folders whatever the degrees."""
 
 import functools
-import itertools
-import random
 import shutil
 from dataclasses import replace
 
 import pytest
-import runtime_dags as dags
 import runtime_equal as equal
-import runtime_models as models
 import torch
+from runtime_runs import MICROBATCHES, RUNS, STEPS, alone, check, close, config_of, plan_of
 from safetensors.torch import load_file
 
 from mipipe.cli.printing.html import Panel, page
 from mipipe.graphs.errors import TimelineError
-from mipipe.graphs.operator_graph import Role
 from mipipe.graphs.recipes.adapters import is_adapter
 from mipipe.graphs.serialize import load, save
 from mipipe.planner.actions import Stream
 from mipipe.planner.team import Team, TeamMode
 from mipipe.planner.timeline import Timeline
-from mipipe.runtime.checkpoints.checkpoint import optimizer_tensors
-from mipipe.runtime.checkpoints.checkpoint_run import Start
-from mipipe.runtime.checkpoints.save import Target, save_weights
-from mipipe.runtime.engine.compiling.team import member_pieces
 from mipipe.runtime.engine.engine import Engine
-from mipipe.runtime.ranks.options import EngineOptions
 from mipipe.runtime.recipes.adapter_files import adapter_tensors
-from mipipe.runtime.recipes.optimizers import BANK, OPTIMIZERS
-from mipipe.runtime.train.config import CheckpointConfig, ExpertsConfig, OptimizerConfig, TrainConfig
-from mipipe.runtime.train.data import Batches
-from mipipe.runtime.train.launching.prepare import zero_of
-from mipipe.runtime.train.optim import parameter_roles
+from mipipe.runtime.train.config import ExpertsConfig
 from mipipe.runtime.train.trace import measured_timeline
-from mipipe.runtime.train.training import Trainer
-from mipipe.runtime.weights.stored_weights import StoredWeights
 
 pytestmark = pytest.mark.distributed
-
-MICROBATCHES, STEPS, CLIP = 4, 4, 0.1
-"""Microbatches of a step over all copies."""
-
-
-def batches_of(name, copy, copies):
-    """One copy's rows of an endless sequence of batches."""
-    number = 0
-    while True:
-        rows = equal.ROWS * MICROBATCHES
-        batch = models.image_batch(rows, seed=100 + number) if name.startswith("vlm") else \
-            models.token_batch(rows, equal.LENGTH, 64, seed=100 + number)
-        yield {key: tensor.chunk(copies)[copy] for key, tensor in batch.items()}
-        number += 1
-
-
-def train(name, plan, graph, state, config, folder=None):
-    """What a process does: losses, this member's part of every weight, the names it keeps optimizer state for; then a
-    folder, from which the weights are read back."""
-    options = EngineOptions(zero=zero_of(config, plan, graph))
-    engine = Engine(plan, graph, state, options=options)
-    mesh = engine.mesh
-    rows = equal.ROWS * MICROBATCHES // mesh.num_copies
-    trainer = Trainer(engine, config, Batches(batches_of(name, mesh.copy, mesh.num_copies), rows, in_turn=True))
-    losses = trainer.run(trainer.begin(Start.RESUME_IF_ANY))
-    pieces = member_pieces(engine.compiled, graph, mesh)
-    weights = {key: (item.detach().clone(), pieces.get(key)) for key, item in engine.weights.parameters.items()}
-    if folder is not None:
-        module = getattr(models, f"tiny_{name}")()
-        save_weights(engine, module, Target(folder, 10**9))
-        again = Engine(plan, graph, StoredWeights(folder, module, {"model.embed_tokens.weight": ("lm_head.weight",)}),
-                       options=options)
-        assert all(torch.equal(again.weights.parameters[key], item) for key, (item, _) in weights.items())
-    kept = {key.split(".", 1)[1].rpartition(".")[0] for key in optimizer_tensors(engine, trainer.optimizer)}
-    return losses, weights, kept
-
-
-@functools.cache
-def alone(name, optimizer_name="adamw"):
-    """The same training in one process: losses and the weights after every step."""
-    made = equal.case(name)
-    before = {key: item.clone() for key, item in made.module.state_dict().items()}
-    trained = {key: item for key, item in made.module.named_parameters() if item.requires_grad}
-    if optimizer_name == "adamw":
-        optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
-    else:
-        roles = parameter_roles(made.graph)
-        chosen = [key for key, item in trained.items()
-                  if item.dim() > 1 and roles.get(key) not in (Role.EMBEDDING, Role.HEAD)]
-        for key in chosen:
-            setattr(trained[key], BANK, roles.get(key) is Role.EXPERTS and trained[key].dim() == 3)
-        optimizer = OPTIMIZERS[optimizer_name]([
-            {"params": [trained[key] for key in chosen], "matrix": True},
-            {"params": [item for key, item in trained.items() if key not in chosen], "matrix": False}], lr=1e-2)
-    losses, weights = [], []
-    for _, batch in zip(range(STEPS), batches_of(name, 0, 1), strict=False):
-        pieces = models.chunked(batch, MICROBATCHES)
-        losses.append(models.eager(made.module, pieces, equal.valid_labels(made.shift, pieces), made.loss_of)[0])
-        torch.nn.utils.clip_grad_norm_(made.module.parameters(), CLIP)
-        optimizer.step()
-        weights.append({key: item.detach().clone() for key, item in made.module.named_parameters()})
-    made.module.load_state_dict(before)
-    return losses, weights
-
-
-def plan_of(graph, ranks, team):
-    """A random plan in which no rank is idle."""
-    count = MICROBATCHES // (team.copies if team is not None else 1)
-    plans = (dags.random_plan(random.Random(seed), graph, ranks, count) for seed in itertools.count(3))
-    return replace(next(plan for plan in plans if {rank for stage in plan.placement.stages for rank in stage.ranks}
-                        == set(range(ranks))), team=team)
-
-
-def config_of(folder, steps, shard=False, name="adamw"):
-    return TrainConfig(steps, optimizer=OptimizerConfig(name, 1e-2, shard=shard), clip=CLIP,
-                       checkpoint=CheckpointConfig(str(folder), every=1, keep=9))
-
-
-def close(key, item, wanted):
-    """To 1e-12 of the norm; a key's bias, whose gradient is nothing but rounding, by the difference itself."""
-    difference, size = torch.linalg.vector_norm(item - wanted), torch.linalg.vector_norm(wanted)
-    assert difference <= 1e-12 * (1.0 if key.endswith("k_proj.bias") else size), f"{key} is off by {difference / size}"
-
-
-def check(name, answers, first, last, optimizer="adamw"):
-    """Losses of the steps after ``first`` up to ``last``, and the weights after these, to 1e-12."""
-    losses, weights = alone(name, optimizer)
-    for own, mine, _ in answers:
-        assert mine and own == pytest.approx(losses[first:last], rel=1e-12)
-        for key, (item, piece) in mine.items():
-            wanted = weights[last - 1][key] if piece is None else piece.cut(weights[last - 1][key])
-            close(key, item, wanted)
-
 
 TEAMS = Team({"tensor": 2})
 OTHERS = Team({"context": 2, "tensor": 2}, modes=(TeamMode("tensor", "sequence"),))
@@ -142,14 +34,14 @@ def test_a_run_goes_on_under_other_degrees_and_without(pool, tmp_path):
     team saves has the weights of one process, and each member reads its part of them."""
     made = equal.case("llama")
     run = functools.partial(pool.run, timeout=180.0)
-    first = run(4, __file__, "train", "llama", plan_of(made.graph, 2, TEAMS), made.graph, made.state(),
+    first = run(4, RUNS, "train", "llama", plan_of(made.graph, 2, TEAMS), made.graph, made.state(),
                 config_of(tmp_path / "kept", 2))
     check("llama", first, 0, 2)
     shutil.copytree(tmp_path / "kept", tmp_path / "single")
-    team = run(4, __file__, "train", "llama", plan_of(made.graph, 1, OTHERS), made.graph, made.state(),
+    team = run(4, RUNS, "train", "llama", plan_of(made.graph, 1, OTHERS), made.graph, made.state(),
                config_of(tmp_path / "kept", STEPS), tmp_path / "saved")
     check("llama", team, 2, STEPS)
-    single = run(1, __file__, "train", "llama", plan_of(made.graph, 1, None), made.graph, made.state(),
+    single = run(1, RUNS, "train", "llama", plan_of(made.graph, 1, None), made.graph, made.state(),
                  config_of(tmp_path / "single", STEPS))
     check("llama", single, 2, STEPS)
     saved = load_file(tmp_path / "saved" / "model.safetensors")
@@ -163,7 +55,7 @@ def test_copies_hold_parts_of_parameters(pool, tmp_path, ranks, team):
     """Copies of a team, or of a pipeline of single devices: losses, weights, clipping and the saved folder are those of
     one process, each process has half of what it would have of every matrix, and a single process goes on."""
     made = equal.case("llama")
-    first = pool.run(4, __file__, "train", "llama", plan_of(made.graph, ranks, team), made.graph, made.state(),
+    first = pool.run(4, RUNS, "train", "llama", plan_of(made.graph, ranks, team), made.graph, made.state(),
                      config_of(tmp_path / "kept", 2, "parameters"), tmp_path / "saved", timeout=240.0)
     check("llama", first, 0, 2)
     whole = {key: item.numel() for key, item in alone("llama")[1][0].items()}
@@ -172,7 +64,7 @@ def test_copies_hold_parts_of_parameters(pool, tmp_path, ranks, team):
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     for key, item in alone("llama")[1][1].items():
         close(key, saved[key], item)
-    single = pool.run(1, __file__, "train", "llama", plan_of(made.graph, 1, None), made.graph, made.state(),
+    single = pool.run(1, RUNS, "train", "llama", plan_of(made.graph, 1, None), made.graph, made.state(),
                       config_of(tmp_path / "kept", STEPS), timeout=180.0)
     check("llama", single, 2, STEPS)
 
@@ -184,13 +76,13 @@ def test_copies_of_teams_share_optimizer_state(pool, tmp_path, name, shard):
     """Two copies of a team of two, with all state in both of them or parts in each; then one copy of other degrees goes
     on."""
     made = equal.case(name)
-    first = pool.run(4, __file__, "train", name, plan_of(made.graph, 1, replace(TEAMS, copies=2)), made.graph,
+    first = pool.run(4, RUNS, "train", name, plan_of(made.graph, 1, replace(TEAMS, copies=2)), made.graph,
                      made.state(), config_of(tmp_path, 2, shard), timeout=240.0)
     check(name, first, 0, 2)
     kept = [answer[2] for answer in first]
     for member in range(2):
         assert (kept[member] == kept[member + 2]) == (not shard)
-    again = pool.run(4, __file__, "train", name, plan_of(made.graph, 2, Team({"tensor": 2}, modes=(
+    again = pool.run(4, RUNS, "train", name, plan_of(made.graph, 2, Team({"tensor": 2}, modes=(
         TeamMode("tensor", "sequence"),))), made.graph, made.state(), config_of(tmp_path, STEPS), timeout=240.0)
     check(name, again, 2, STEPS)
 
@@ -233,7 +125,7 @@ def test_routing_is_counted_once(pool, tmp_path):
         history = tmp_path / f"counts{len(found)}"
         config = replace(config_of(tmp_path / f"kept{len(found)}", 2), experts=ExpertsConfig(history=str(history)))
         world = 1 if team is None else ranks * team.members * team.copies
-        pool.run(world, __file__, "train", "moe", plan_of(made.graph, ranks, team), made.graph, made.state(), config,
+        pool.run(world, RUNS, "train", "moe", plan_of(made.graph, ranks, team), made.graph, made.state(), config,
                  timeout=240.0)
         found.append(history.read_text())
     assert len(found[0].splitlines()) == 2 and all(text == found[0] for text in found[1:])
@@ -245,10 +137,10 @@ def test_optimizers_of_matrices_see_whole_ones(pool, tmp_path, name, optimizer):
     """Norms of rows and columns are summed over the members that hold parts, a matrix is put together where it must be:
     two teams of two, then two copies of one that share the state, are one process."""
     made = equal.case(name)
-    first = pool.run(4, __file__, "train", name, plan_of(made.graph, 2, TEAMS), made.graph, made.state(),
+    first = pool.run(4, RUNS, "train", name, plan_of(made.graph, 2, TEAMS), made.graph, made.state(),
                      config_of(tmp_path, 2, name=optimizer), timeout=240.0)
     check(name, first, 0, 2, optimizer)
-    again = pool.run(4, __file__, "train", name, plan_of(made.graph, 1, replace(TEAMS, copies=2)), made.graph,
+    again = pool.run(4, RUNS, "train", name, plan_of(made.graph, 1, replace(TEAMS, copies=2)), made.graph,
                      made.state(), config_of(tmp_path, STEPS, True, optimizer), timeout=240.0)
     check(name, again, 2, STEPS, optimizer)
 
@@ -264,7 +156,7 @@ def test_adapters_of_a_recipe_train_on_teams(pool, tmp_path):
     made = equal.case("llama-dora")
     state = made.state()
     plan = plan_of(made.graph, 2, TEAMS)
-    check("llama-dora", pool.run(4, __file__, "train", "llama-dora", plan, made.graph, state, config_of(tmp_path, 2),
+    check("llama-dora", pool.run(4, RUNS, "train", "llama-dora", plan, made.graph, state, config_of(tmp_path, 2),
                                  timeout=240.0), 0, 2)
     for found in pool.run(4, __file__, "adapters_of", plan, made.graph, state, timeout=120.0):
         assert found and set(found) == {key for key in state if is_adapter(key)}

@@ -26,7 +26,8 @@ KEYS = ("ranks", "tensor", "sequence", "context", "expert", "copies", "chunks", 
 class Degrees:
     """A run's degrees. ``microbatch`` counts sequences of one copy; ``chunks`` are stages per rank.
 
-    ``zero``: what copies divide among them: nothing (0), optimizer state (1), gradients too (2), parameters too (3).
+    ``zero``: what devices that hold the same (``alike``) divide among them: nothing (0), optimizer state (1), gradients
+    too (2), parameters too (3).
     ``recompute``: what runs again in the backward: nothing, the up-projections of latents (``latents``), attention
     (``selective``), whole layers (``full``). ``batch_branches``: those that a search gives the mode ``batch`` along the
     tensor axis, where it may choose (`ModelPieces.encoders`).
@@ -64,9 +65,15 @@ class Degrees:
         return self.split, self.batch_branches
 
     @property
-    def expert_copies(self) -> int:
-        """How many devices hold the same experts."""
-        return self.team * self.copies // self.expert
+    def alike(self) -> int:
+        """How many devices hold the same parameters, but experts and what the context axis divides: copies, and in all
+        of them the members along that axis."""
+        return self.context * self.copies
+
+    @property
+    def alike_experts(self) -> int:
+        """How many devices hold the same experts: where these are divided as all else is, or not, as many as of it."""
+        return self.team * self.copies // self.expert if self.expert > 1 else self.alike
 
     def text(self) -> str:
         """As ``--degrees`` takes it; axes of size 1 are left out, ranks and copies never."""

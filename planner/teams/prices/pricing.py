@@ -74,7 +74,7 @@ class Pricer:
     def on(self, machine: Machine, measured: Sequence[LayerTimes] | None = None) -> Pricer:
         """The same model on another machine; profiles are shared where both have the same kernels."""
         other = Pricer(self.model, machine, measured)
-        if (machine.kernels, machine.context_too) == (self.machine.kernels, self.machine.context_too):
+        if (machine.kernels, machine.whole_tables) == (self.machine.kernels, self.machine.whole_tables):
             other._profiles, other._facts, other.origins = self._profiles, self._facts, self.origins
         return other
 
@@ -93,7 +93,8 @@ class Pricer:
         key = _without_ranks(degrees)
         if key not in self._tied:
             self._tied[key] = tied_parameters(self.model, self.machine, degrees,
-                                              lambda member: self.profile(member, degrees).resident)
+                                              lambda member: self.profile(member, degrees).resident,
+                                              lambda member: self.tables(member, degrees))
         return self._tied[key]
 
     def _kind(self, kind: int, degrees: Degrees, measured: LayerTimes | None = None) -> PieceCost:
@@ -132,7 +133,17 @@ class Pricer:
 
     def shares(self, member: int, degrees: Degrees) -> tuple[TeamShare, ...]:
         """What members of a team of these degrees have of a segment."""
-        return self.model.shares(member, degrees, not self.machine.context_too)
+        return self.model.shares(member, degrees, not self.machine.whole_tables)
+
+    def tables(self, member: int, degrees: Degrees) -> tuple[int, int]:
+        """Bytes of a segment's parameters that the context axis divides, and of those that train, on one member."""
+        shares, trace = self.shares(member, degrees), self.model.index.traces[member]
+        held = trained = 0
+        for name, grad in zip(trace.parameters, trace.parameter_grads, strict=True):
+            if any(share.axis == "context" and name in share.dims for share in shares):
+                size = -(-trace.specs[name].num_bytes // math.prod(item.size for item in shares if name in item.dims))
+                held, trained = held + size, trained + (0 if grad is None else size)
+        return held, trained
 
     def columns(self, member: int, degrees: Degrees) -> frozenset[str]:
         """The products of a segment that members of the tensor axis share by columns."""
@@ -190,7 +201,7 @@ class Pricer:
                        rerun=rerun, forward_space=price.forward_space + ahead)
 
     def _work(self, kind: int, degrees: Degrees) -> PieceWork:
-        """What of a piece's cost is the same however copies share state and whether whole layers run again."""
+        """What of a piece's cost is the same however state is shared and whether whole layers run again."""
         way = degrees.recompute if degrees.recompute != "full" else "none"
         key = kind, degrees.division, degrees.microbatch, way
         if key in self._works:
@@ -201,6 +212,7 @@ class Pricer:
         found: dict[Phase, PhaseCost] = {}
         kept = until_w = late = dense = experts = trained = trained_experts = buffers = workspace = talks = 0
         ahead = ahead_buffers = summed = 0
+        tables = [0, 0, 0]
         for member in piece.members:
             profile, fanout = self.profile(member, degrees), self.fanout(member)
             phases, moved = resharded(self.model, member, profile, self.columns(member, degrees), degrees)
@@ -228,15 +240,19 @@ class Pricer:
                 kept += profile.kept.fi + profile.kept.fw
                 until_w, late = until_w + profile.kept.fw, late + profile.kept.iw
             dense, experts = dense + profile.resident.dense, experts + profile.resident.experts
+            of_tables = self.tables(member, degrees)
+            tables[0] += of_tables[0]
             if self.model.index.runs(member, Phase.W):
                 trained += profile.resident.trainable_dense
                 trained_experts += profile.resident.trainable_experts
-                summed += profile.resident.trainable_dense if self.model.mode(member, degrees) == "batch" else 0
+                tables[1] += of_tables[1]
+                if self.model.mode(member, degrees) == "batch":
+                    summed, tables[2] = summed + profile.resident.trainable_dense, tables[2] + of_tables[1]
         plain, again = (ahead_buffers + max(ahead, round(self._alive(piece, degrees, again) * count))
                         for again in (False, True))
         self._works[key] = PieceWork(found, round(kept * count), round(late * count), round(until_w * count),
                                      (dense, experts), (trained, trained_experts), buffers, workspace, plain, again,
-                                     talks, summed)
+                                     talks, summed, (tables[0], tables[1], tables[2]))
         return self._works[key]
 
     def _alive(self, piece: SegmentGroup, degrees: Degrees, again: bool) -> int:

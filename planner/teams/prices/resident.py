@@ -1,4 +1,5 @@
-"""What of a piece stays on a member: weights, gradients, optimizer state, and what copies send each other of them."""
+"""What of a piece stays on a member: weights, gradients, optimizer state, and what those that hold the same of it send
+each other."""
 
 from __future__ import annotations
 
@@ -17,8 +18,9 @@ from mipipe.planner.teams.prices.piece_cost import PhaseCost, PieceCost, phase_b
 class PieceWork:
     """A piece's seconds and bytes of one microbatch on one member, and bytes of its parameters, dense and of experts
     (``held``; those that train), as `PieceCost` has them; what F needs beside what stays, and where nothing but its
-    inputs does (``ahead_again``); how many collectives it waits for; and bytes of dense parameters that train and whose
-    gradients are sums over the tensor axis."""
+    inputs does (``ahead_again``); how many collectives it waits for; bytes of dense parameters that train and whose
+    gradients are sums over the tensor axis; and of dense ones that the context axis divides (``tables``; those that
+    train, and with such gradients)."""
 
     phases: dict[Phase, PhaseCost]
     kept: int
@@ -32,28 +34,24 @@ class PieceWork:
     ahead_again: int
     collectives: int
     summed: int = 0
-
-
-def state_copies(machine: Machine, degrees: Degrees) -> tuple[int, int]:
-    """Over how many devices ``zero`` divides what they hold of the same dense parameters, and of the same experts;
-    where experts are divided, or not, as all else is, as of that."""
-    alike = degrees.copies * (degrees.context if machine.context_too else 1)
-    return alike, degrees.expert_copies if degrees.expert > 1 else alike
+    tables: tuple[int, int, int] = (0, 0, 0)
 
 
 def held_cost(machine: Machine, degrees: Degrees, work: PieceWork, phases: Mapping[Phase, PhaseCost],
               kept: tuple[int, int, int]) -> PieceCost:
     """The price of a piece whose phases take so long, and which keeps so much (the first bytes of `PieceCost`): with
-    bytes that stay, what copies do with them at the end of a step, and with ``zero`` 3 in every microbatch."""
+    bytes that stay, what devices that hold the same do with them at the end of a step, and with ``zero`` 3 in every
+    microbatch."""
     found = dict(phases)
     size, summed_bytes, state_bytes = DTYPE_BYTES[machine.dtype], machine.gradient_bytes, machine.state_bytes
     (dense, experts), (trained, trained_experts), summed = work.held, work.trained, work.summed
-    alike, alike_experts = state_copies(machine, degrees)
-    along = degrees.context * degrees.copies // alike  # members with the same parameters that do not share state
-    stride = degrees.tensor * along
-    of_experts = (alike_experts, degrees.expert, 1) if degrees.expert > 1 else (alike, stride, along)
-    classes = ((dense - summed, trained - summed, alike, stride, along), (experts, trained_experts, *of_experts),
-               (summed, summed, alike, stride, degrees.tensor * along))
+    classes = [(experts, trained_experts, degrees.alike_experts,
+                degrees.expert if degrees.expert > 1 else degrees.tensor, 1)]
+    tables, trained_tables, summed_tables = work.tables
+    for held, trains, adds, alike, stride in (
+            (dense - tables, trained - trained_tables, summed - summed_tables, degrees.alike, degrees.tensor),
+            (tables, trained_tables, summed_tables, degrees.copies, degrees.team)):
+        classes += [(held - adds, trains - adds, alike, stride, 1), (adds, adds, alike, stride, degrees.tensor)]
     weights = gradients = state = 0
     reduce = gather = touched = 0.0
     gathered = ahead = 0
@@ -72,7 +70,7 @@ def held_cost(machine: Machine, degrees: Degrees, work: PieceWork, phases: Mappi
         if members > 1:
             over = members if degrees.zero > 1 else members * copies
             reduce += collective_ns(machine.fabric, kinds.ALL_REDUCE, parameters * summed_bytes // shared[1],
-                                    over, degrees.tensor if members == along else 1) / 1e9
+                                    over) / 1e9
             spent[0] = spent[0] if degrees.zero > 1 else 0.0
         if degrees.zero < 2:
             reduce += spent[0]

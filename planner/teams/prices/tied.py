@@ -19,13 +19,13 @@ from mipipe.planner.teams.prices.degrees import Degrees
 from mipipe.planner.teams.prices.machine import Machine
 from mipipe.planner.teams.prices.piece_cost import PhaseCost, PieceCost
 from mipipe.planner.teams.prices.pieces import ModelPieces
-from mipipe.planner.teams.prices.resident import PieceWork, held_cost, state_copies
+from mipipe.planner.teams.prices.resident import PieceWork, held_cost
 
 
 @dataclass(frozen=True, slots=True)
 class TiedParameter:
     """What it costs a member that has it once (no phases). ``reads``: how many segments of every piece that reads it
-    do, the first piece in front; ``held``, ``trained``: its bytes, and those that train, before copies share them;
+    do, the first piece in front; ``held``, ``trained``: its bytes, and those that train, before ``zero`` divides them;
     ``together``: seconds of the sum of its gradients over two ranks and all that have the same of it on each."""
 
     reads: dict[int, int]
@@ -54,10 +54,12 @@ class TiedParameter:
 
 
 def tied_parameters(model: ModelPieces, machine: Machine, degrees: Degrees,
-                    resident: Callable[[int], Resident]) -> tuple[TiedParameter, ...]:
+                    resident: Callable[[int], Resident],
+                    tables: Callable[[int], tuple[int, int]]) -> tuple[TiedParameter, ...]:
     """The tied parameters of a model on a team of these degrees.
 
     ``resident``: what of a segment (by index) stays on a member; its parameters are taken as divided alike.
+    ``tables``: bytes of it that the context axis divides.
     """
     found = []
     specs, piece_of = model.index.parameters, {
@@ -69,11 +71,13 @@ def tied_parameters(model: ModelPieces, machine: Machine, degrees: Degrees,
         size = round(resident(first).dense * specs[fqn].spec.num_bytes / max(1, whole))
         trains = specs[fqn].trainable and any(model.index.runs(member, Phase.W) for member in members)
         trained = size if trains else 0
-        work = PieceWork({Phase.F: PhaseCost(), Phase.I: PhaseCost()}, 0, 0, 0, (size, 0), (trained, 0), 0, 0, 0, 0, 0)
+        table = tables(first)[0] > 0
+        work = PieceWork({Phase.F: PhaseCost(), Phase.I: PhaseCost()}, 0, 0, 0, (size, 0), (trained, 0), 0, 0, 0, 0, 0,
+                         tables=(size, trained, 0) if table else (0, 0, 0))
         cost = held_cost(machine, degrees, work, work.phases, (0, 0, 0))
-        gradients = trained // DTYPE_BYTES[machine.dtype] * machine.gradient_bytes  # all, also where copies keep parts
-        together = collective_ns(machine.fabric, CollectiveKind.ALL_REDUCE, gradients,
-                                 2 * state_copies(machine, degrees)[0], degrees.tensor) / 1e9
+        gradients = trained // DTYPE_BYTES[machine.dtype] * machine.gradient_bytes  # all, also where parts are kept
+        alike, stride = (degrees.copies, degrees.team) if table else (degrees.alike, degrees.tensor)
+        together = collective_ns(machine.fabric, CollectiveKind.ALL_REDUCE, gradients, 2 * alike, stride) / 1e9
         reads = dict(Counter(piece_of[member] for member in members))
         found.append(TiedParameter(reads, size, trained, cost, together))
     return tuple(found)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from mipipe.graphs.errors import PlanError
 from mipipe.graphs.operator_graph import OperatorGraph, Segment
 from mipipe.graphs.operators.expert_kernels import RETURN, ROUTE, SEND
-from mipipe.graphs.sharding.gathered import COPIES, EXPERT_COPIES, gathered
+from mipipe.graphs.sharding.gathered import CONTEXT, CONTEXT_COPIES, COPIES, EXPERT_COPIES, gathered
 from mipipe.graphs.sharding.team_graph import MemberGraph
 from mipipe.planner.actions import Stream
 from mipipe.planner.check import check_program
@@ -37,7 +37,7 @@ from mipipe.runtime.ranks.groups import ALONE
 from mipipe.runtime.ranks.mesh import Mesh, build_mesh
 from mipipe.runtime.ranks.options import EngineOptions
 from mipipe.runtime.ranks.processes import world
-from mipipe.runtime.weights.weights import CopyPart, WeightSource, load_weights
+from mipipe.runtime.weights.weights import OwnPart, WeightSource, load_weights
 
 
 def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program: Program | None, mesh: Mesh | None,
@@ -58,8 +58,8 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
     copies = mesh.num_copies if mesh is not None else max(1, world() // (len(program.ranks) * team.members))
     sharing = expert_degree(plan.team, graph, copies) if mesh is None else mesh.sharing
     alike = team.members * copies // sharing if sharing > 1 else 1
-    zero = options.zero if max(copies, alike) > 1 else 0
-    member = _over_copies(member_graph(team, graph), zero, copies, sharing, alike)
+    zero = options.zero if max(copies * team.axes.get(CONTEXT, 1), alike) > 1 else 0
+    member = _in_parts(member_graph(team, graph), zero, team, copies, sharing, alike)
     whole, graph = graph, member.graph
     flow = gradient_flow(graph)
     stage_of = _stage_of_segments(plan, graph)
@@ -75,7 +75,7 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
     experts = make_exchange(plan, graph, stage_of, mesh, options, waits)
     weights = load_weights(graph, names, source, device, options.master_dtype,
                            None if experts is None else experts.rows(), member_pieces(member, whole, mesh),
-                           _copy_parts(member, mesh, zero))
+                           _own_parts(member, mesh, zero))
     loss_gradient = _ones_of_loss(graph, device)
     sampler = None if options.elastic is None else CoActivation(*options.elastic)
     given = joined_kernels(kernels_of(experts), {} if sampler is None else sampled_routers(graph, sampler))
@@ -102,23 +102,24 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
                                      if options.compile and not phases.compiles(phases.trace(item), item.name)))
 
 
-def _over_copies(member: MemberGraph, zero: int, copies: int, sharing: int, alike: int) -> MemberGraph:
-    """The graph of a copy that divides (``zero``) what it has with others: of shared experts, with the ``alike``
+def _in_parts(member: MemberGraph, zero: int, team: Team, copies: int, sharing: int, alike: int) -> MemberGraph:
+    """The graph of a device that divides (``zero``) what it has with others: of shared experts, with the ``alike``
     devices that have the same ones, over which, not over members, their gradients are sums."""
     shared = expert_layers(member.graph) if sharing > 1 else ()
     banks = {name for layer in shared for name in layer.banks}
     sums = {name: axes for name, axes in member.sums.items() if name not in banks}
     member = replace(member, sums=sums)
-    return gathered(member, copies, zero, banks, alike) if zero else member
+    return gathered(member, copies, zero, banks, alike, team.axes.get(CONTEXT, 1)) if zero else member
 
 
-def _copy_parts(member: MemberGraph, mesh: Mesh, zero: int) -> dict[str, CopyPart]:
-    """The parameters of which this copy updates a part that is gathered before a step: with ``zero`` 3 banks alone."""
+def _own_parts(member: MemberGraph, mesh: Mesh, zero: int) -> dict[str, OwnPart]:
+    """The parameters of which this device updates a part that is gathered before a step: with ``zero`` 3 banks
+    alone."""
     found = {}
     for name, divisions in member.divisions.items():
         last = divisions[-1]
-        if last.axis == EXPERT_COPIES or (last.axis == COPIES and zero < 3):
-            found[name] = CopyPart(mesh.place[last.axis], last.size, last.dim, last.axis == EXPERT_COPIES or zero == 1)
+        if last.axis == EXPERT_COPIES or (last.axis in (COPIES, CONTEXT_COPIES) and zero < 3):
+            found[name] = OwnPart(last, mesh.place[last.axis], last.axis == EXPERT_COPIES or zero == 1)
     return found
 
 
@@ -139,9 +140,11 @@ def _refuse_changed_buffers(plan: Plan, stages: Mapping[int, StageCode]) -> None
 def _mesh_of(plan: Plan, program: Program, member: MemberGraph, holders: Mapping[str, tuple[int, ...]],
              device: torch.device, options: EngineOptions, zero: int, sharing: int) -> Mesh:
     """The process groups of a program: of ranks that hold the same parameter, of teams, of experts, of copies."""
-    shared = {(ranks, member.sums.get(name, ()),
-               zero > 1 and any(item.axis == COPIES for item in member.divisions.get(name, ())))
+    across = {name: item.axis for name, divisions in member.divisions.items() for item in divisions
+              if item.axis in (COPIES, CONTEXT_COPIES)}
+    shared = {(ranks, member.sums.get(name, ()), zero > 1 and name in across)
               for name, ranks in holders.items() if len(ranks) > 1 or name in member.sums}
+    shared |= {((rank,), (CONTEXT,), False) for rank in range(len(program.ranks)) if CONTEXT_COPIES in across.values()}
     return build_mesh(program, shared, team=plan.team or ALONE, sharing=sharing, device=device,
                       topology=plan.problem.topology if plan.team is None else None,
                       timeout_s=options.timeout_s, across=zero > 0)

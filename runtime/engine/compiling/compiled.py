@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mipipe.graphs.operator_graph import OperatorGraph
-from mipipe.graphs.sharding.gathered import COPIES, EXPERT_COPIES
+from mipipe.graphs.sharding.gathered import CONTEXT, CONTEXT_COPIES, COPIES, EXPERT_COPIES
 from mipipe.graphs.sharding.team_graph import Division
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
@@ -33,7 +33,7 @@ class LocalRank:
     experts of this rank's layers, ``banks`` the parameters of these, which differ in it; ``counters``: routing counts
     of this rank's MoE layers by their number in the graph. ``graph`` is that of one member of the rank's team, whose
     ``divisions`` and ``sums`` of parameters are as `MemberGraph` has them; ``waits``: what the rank waits for;
-    ``zero``: what copies divide (`EngineOptions`)."""
+    ``zero``: what devices that hold the same divide (`EngineOptions`)."""
 
     plan: Plan
     graph: OperatorGraph
@@ -61,22 +61,25 @@ class LocalRank:
         return self.mesh.reduction(self.holders[name], self.sums.get(name, ()), self.scattered(name))
 
     def apart(self, name: str) -> bool:
-        """Whether the copies of the plan hold parts of a parameter."""
-        return any(item.axis == COPIES for item in self.divisions.get(name, ()))
+        """Whether the copies of the plan, or members along the context axis in all of them, hold parts of a
+        parameter."""
+        return any(item.axis in (COPIES, CONTEXT_COPIES) for item in self.divisions.get(name, ()))
 
     def scattered(self, name: str) -> bool:
-        """Whether they do, and W's gradients are sums over them already, of which each copy has its part."""
+        """Whether they do, and W's gradients are sums over them already, of which each has its part."""
         return self.zero > 1 and self.apart(name)
 
     @property
     def across(self) -> bool:
-        """Whether the copies of the plan hold parts of parameters."""
+        """Whether devices that hold the same have parts of parameters."""
         return self.mesh.all_group is not None
 
     def counts(self, name: str) -> bool:
         """Whether this process counts a parameter, where each element of all is to be counted once: in a copy, or in
-        all copies where these hold parts."""
-        mesh, divided = self.mesh, {EXPERT_COPIES, *(item.axis for item in self.divisions.get(name, ()))}
+        all copies where there are parts across them."""
+        axes = {item.axis for item in self.divisions.get(name, ())}
+        mesh, divided = self.mesh, {CONTEXT_COPIES, EXPERT_COPIES, *axes}
+        divided |= {CONTEXT, COPIES} if CONTEXT_COPIES in axes else set()
         divided |= set() if self.across else {COPIES}
         return self.holders[name][0] == mesh.rank and not any(
             place for axis, place in mesh.place.items() if axis not in divided)

@@ -22,7 +22,6 @@ from mipipe.graphs.costs.latents import graph_with_latents_again
 from mipipe.graphs.errors import GraphError, InputError, RunError
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.operators.collectives import part_of, whole_of
-from mipipe.graphs.sharding.gathered import COPIES, EXPERT_COPIES
 from mipipe.graphs.sharding.team_graph import Division, MemberGraph
 from mipipe.planner.team import Team
 from mipipe.runtime.ranks import comm
@@ -116,9 +115,8 @@ def _with_attention_again(graph: OperatorGraph, names: set[str]) -> OperatorGrap
 
 
 def axes_of(mesh: Mesh, waits: comm.Waits) -> dict[str, Axis]:
-    """The axes of this process's team, and those of the copies where they hold parts of parameters."""
-    across = {} if mesh.all_group is None else {COPIES: mesh.copy_group, EXPERT_COPIES: mesh.expert_copies_group}
-    groups = {**mesh.axes, **{name: group for name, group in across.items() if group is not None}}
+    """The axes of this process's team, and those of the devices that hold the same where they have parts of it."""
+    groups = {**mesh.axes, **(mesh.alike if mesh.all_group is not None else {})}
     return {name: Axis.of(name, group, waits) for name, group in groups.items()}
 
 

@@ -156,9 +156,9 @@ def check_copies(plan: Plan, graph: OperatorGraph, config: TrainConfig, copies: 
 
 
 def zero_of(config: TrainConfig, plan: Plan, graph: OperatorGraph) -> int:
-    """What copies of the plan divide by parts of every parameter (`EngineOptions`), as configured, or as the plan of
-    teams says. 0 also where whole parameters go to one copy each (`mipipe.runtime.train.optim`): an optimizer that
-    looks at whole tensors updates them so."""
+    """What devices that hold the same divide by parts of every parameter (`EngineOptions`), as configured, or as the
+    plan of teams says. 0 also where whole parameters go to one copy each (`mipipe.runtime.train.optim`): an optimizer
+    that looks at whole tensors updates them so."""
     asked = {False: 0, True: 1, "gradients": 2, "parameters": 3}[config.optimizer.shard]
     zero = max(asked, plan.team.zero if plan.team is not None else 0)
     return zero if zero == 3 or asked == 2 or takes_parts(config.optimizer.name, zero) else 0

@@ -89,14 +89,14 @@ def test_what_passes_between_modes_is_what_members_send(llava, profiles, common,
 @pytest.mark.parametrize("context", [1, 2])
 def test_a_layer_by_samples_by_hand(llava, zero, context):
     """Parameters whole; gradients are summed over the tensor axis, the context and the copies at once where each keeps
-    all of them, else the parts of copies over the tensor axis and the context; products, kept bytes and kernels are
-    half of one device's, as five rows do not divide by two."""
+    all of them, else the parts, of context members and copies, over the tensor axis; products, kept bytes and kernels
+    are half of one device's, as five rows do not divide by two."""
     degrees = Degrees(1, 2, context=context, copies=4, zero=zero, microbatch=2)
     alone, other, pricer = (Pricer(model_pieces(llava, modes), MACHINE) for modes in ({}, {}, VISION))
     number = next(at for at, piece in enumerate(pricer.model.pieces) if piece.name == "vision layer 0")
     one = alone.costs(replace(degrees, tensor=1, copies=1, microbatch=1, zero=0))[number]
     cost, usual = pricer.costs(degrees)[number], other.costs(degrees)[number]
-    alike, trained = 4, one.gradients // 4
+    alike, trained = 4 * context, one.gradients // 4
     shares = [alike if zero >= stage else 1 for stage in (1, 2, 3)]
     assert cost.f.talk.get("tensor", 0.0) == 0 < usual.f.talk["tensor"]
     assert cost.kept == one.kept < usual.kept
@@ -104,10 +104,10 @@ def test_a_layer_by_samples_by_hand(llava, zero, context):
         pytest.approx(one.weights / shares[2], abs=100), 4 * trained // shares[1], 8 * trained // shares[0])
     assert one.weights > 1.8 * usual.weights * shares[2]
     summed = collective_ns(MACHINE.fabric, KINDS.ALL_REDUCE, 4 * trained // shares[1],
-                           2 * context * (1 if zero > 1 else alike))
+                           2 * (1 if zero > 1 else alike))
     assert cost.reduce == pytest.approx(summed / 1e9, abs=5e-9)
     assert cost.gather == (0 if zero in (0, 3) else pytest.approx(
-        collective_ns(MACHINE.fabric, KINDS.ALL_GATHER, 4 * trained, alike, 2 * context) / 1e9, abs=5e-9))
+        collective_ns(MACHINE.fabric, KINDS.ALL_GATHER, 4 * trained, alike, 2) / 1e9, abs=5e-9))
     products = [pricer.profile(at, degrees).phases[Phase.F].flops for at in pricer.model.pieces[number].members]
     whole = [alone.profile(at, Degrees()).phases[Phase.F].flops for at in pricer.model.pieces[number].members]
     assert sum(products) * 2 == sum(whole)

@@ -42,8 +42,8 @@ def pieces(request, tmp_path_factory):
 
 @pytest.mark.parametrize("degrees", DEGREES, ids=Degrees.text)
 def test_plans_say_what_members_hold(pieces, degrees):
-    """For every stage of ZeRO, whatever the axes: copies share what they have, members along the context axis only the
-    tables, and each has a part of what its part of the experts, heads and columns is."""
+    """For every stage of ZeRO, whatever the axes: copies and their members along the context axis share what they have
+    alike, copies the tables' parts, and each has a part of what its part of the experts, heads and columns is."""
     graph = pieces.graph
     member = member_graph(team_of(pieces, degrees, "h100"), graph)
 
@@ -54,7 +54,7 @@ def test_plans_say_what_members_hold(pieces, degrees):
 
     buffers = sum(math.prod(item.spec.shape) * DTYPE_BYTES[item.spec.dtype] for item in graph.parameters if item.buffer)
     for zero in range(4):
-        shared = gathered(member, degrees.copies, zero) if zero and degrees.copies > 1 else member
+        shared = gathered(member, degrees.copies, zero, context=degrees.context) if zero else member
         costs = Pricer(pieces, machine()).costs(replace(degrees, zero=zero))
         told = [sum(getattr(cost, name) for cost in costs) for name in ("weights", "gradients", "state")]
         kept = [held(shared if zero == 3 else member),
