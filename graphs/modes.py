@@ -100,8 +100,8 @@ class ParameterPart:
 
     ``degree``: into how many equal parts it is divided (1: every member holds all of it), along ``dim`` and ``axis``.
     ``sections``: how many equal matrices lie side by side along ``dim`` (a gate and an up projection in one tensor: 2),
-    or the relative widths of unequal ones, each of which is divided. ``sum_gradient``: members hold partial sums of its gradient, which are added up along the axes
-    named, once per step.
+    or the relative widths of unequal ones, each of which is divided. ``sum_gradient``: members hold partial sums of its
+    gradient, which are added up along the axes named, once per step.
     """
 
     __pydantic_config__: ClassVar = STRICT

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from mipipe.graphs.errors import GraphError
 
-
 Sections = int | tuple[int, ...]
 """Blocks along a dimension: how many equal ones, or the relative lengths, without a common divisor, of two or more."""
 
@@ -46,7 +45,7 @@ def part_of(x: Tensor, member: int, size: int, dim: int, sections: int | Sequenc
     """The part of member ``member``: a view where ``sections`` is 1."""
     sections = _listed(sections)
     if not isinstance(sections, int):
-        blocks = x.split(block_lengths(x.shape[dim], sections), dim)
+        blocks = torch.split(x, block_lengths(x.shape[dim], sections), dim)
         return torch.cat([part_of(block, member, size, dim, 1) for block in blocks], dim)
     length = x.shape[dim] // (sections * size)
     if sections == 1:
@@ -59,7 +58,7 @@ def whole_of(parts: list[Tensor], dim: int, sections: int | Sequence[int]) -> Te
     """The tensor whose parts these are, by member: the inverse of `part_of`."""
     sections = _listed(sections)
     if not isinstance(sections, int):
-        pieces = [x.split(block_lengths(x.shape[dim], sections), dim) for x in parts]
+        pieces = [torch.split(x, block_lengths(x.shape[dim], sections), dim) for x in parts]
         return torch.cat([piece for block in zip(*pieces, strict=True) for piece in block], dim)
     if sections == 1:
         return torch.cat(parts, dim)

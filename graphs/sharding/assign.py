@@ -18,8 +18,8 @@ from mipipe.graphs.errors import GraphError
 from mipipe.graphs.modes import CollectiveKind
 from mipipe.graphs.operator_graph import Operator, Phase, SegmentTrace, TensorSpec
 from mipipe.graphs.operators import kernels  # noqa: F401  (registers operators that traces name)
-from mipipe.graphs.operators.expert_kernels import ROUTE
 from mipipe.graphs.operators.collectives import Sections
+from mipipe.graphs.operators.expert_kernels import ROUTE
 from mipipe.graphs.sharding.blocks import blocks_of
 from mipipe.graphs.sharding.case import Case, Choice
 from mipipe.graphs.sharding.parts import PARTIAL, WHOLE, Kind, Part, sent

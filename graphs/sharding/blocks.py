@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mipipe.graphs.operator_graph import Phase, SegmentTrace, TensorSpec
 from mipipe.graphs.operators.collectives import Sections
 from mipipe.graphs.sharding.case import positive
@@ -23,7 +25,8 @@ def blocks_of(trace: SegmentTrace) -> dict[int, tuple[Sections, ...]]:
                 found.setdefault(sum(lengths), {})[side_by_side(lengths)] = None
         elif op.kind == "aten.slice.Tensor":
             name, shape = op.args[0]["ref"], made[op.args[0]["ref"]].shape
-            dim, start, stop, step = (*op.args[1:], *(0, None, None, 1)[len(op.args) - 1:])
+            given: list[Any] = list(op.args[1:])
+            dim, start, stop, step = given + [0, None, None, 1][len(given):]
             dim = positive(dim, len(shape))
             if step == 1:
                 low, high, _ = slice(start, stop).indices(shape[dim])

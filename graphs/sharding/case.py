@@ -42,8 +42,8 @@ class Case:
 
     ``scatter`` gives the division in which a sum over members of a certain shape had best arrive (sequence mode), if
     there is one, ``tokens`` that of the tokens that members send to experts; ``is_zero`` tells tensors made of zeros;
-    ``goal`` is how the result is wanted in the end, if known; ``deferred``: see `Layouts`; ``blocks``: the sections into which the
-    trace cuts dimensions of a length.
+    ``goal`` is how the result is wanted in the end, if known; ``deferred``: see `Layouts`; ``blocks``: the
+    sections into which the trace cuts dimensions of a length.
     """
 
     op: Operator

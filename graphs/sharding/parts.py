@@ -127,19 +127,16 @@ def reshaped(shape: Sequence[int], target: Sequence[int], part: Part, size: int)
     holds these blocks must hold whole pieces. For one member it may be one of length 1: the first, as samples are.
     Unequal blocks stay where they are in the dimension that takes the place of theirs.
     """
-    unequal = part.sections if isinstance(part.sections, tuple) else None
-    outer, each = math.prod(shape[:part.dim]), 1
-    if unequal is None:
-        outer *= units(part.sections)
-    else:
-        each = sum(unequal)
-    before = 1
+    equal = isinstance(part.sections, int)
+    count, before = units(part.sections), 1
+    outer, each = math.prod(shape[:part.dim]) * (count if equal else 1), 1 if equal else count
     for dim, length in enumerate(target):
         if before * length >= outer * each * size:
             sections, left = divmod(outer, before)
             if left or length % sections or (length // sections) % (each * size):
                 return None
-            return replace(part, dim=dim, sections=sections if unequal is None else unequal) if (
-                unequal is None or sections == 1) else None
+            if equal:
+                return replace(part, dim=dim, sections=sections)
+            return part.at(dim) if sections == 1 else None
         before *= length
     return None

@@ -169,7 +169,8 @@ def product(case: Case) -> Iterator[Choice | None]:
 
 
 def product_with_bias(case: Case) -> Iterator[Choice | None]:
-    """``addmm(bias, a, b)`` and ``baddbmm``: where the inner dimension is divided, each member adds its share of the bias."""
+    """``addmm(bias, a, b)``, ``baddbmm``: where the inner dimension is divided, each member adds its share of the
+    bias."""
     bias, a, b = (case.name(index) for index in range(3))
     assert bias is not None and a is not None and b is not None
     shift = len(case.out) - len(case.shape(bias))

@@ -98,8 +98,8 @@ def index(case: Case) -> Iterator[Choice | None]:
 
 
 def index_put(case: Case) -> Iterator[Choice | None]:
-    """``index_put(zeros, [.., index], values, accumulate)``, one index, at any dimension: linear in the values where the
-    first argument is zero."""
+    """``index_put(zeros, [.., index], values, accumulate)``, one index, at any dimension: linear in the values where
+    the first argument is zero."""
     base, indices, values = case.name(0), case.names(1), case.name(2)
     assert base is not None and values is not None
     chosen = [name for name in indices if name is not None]

@@ -27,8 +27,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 @dataclass(frozen=True, slots=True)
 class Along:
-    """One division of a parameter: each block of ``dimension`` (``sections``, as of a `Part`) lies in equal parts on the
-    ranks of ``group``."""
+    """One division of a parameter: each block of ``dimension`` (``sections``, as of a `Part`) lies in equal parts on
+    the ranks of ``group``."""
 
     dimension: int
     group: Any

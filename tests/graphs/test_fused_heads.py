@@ -5,7 +5,7 @@ import functools
 import pytest
 
 from mipipe.graphs.capture.model import capture
-from mipipe.graphs.coarse.mode_rows import mode_rows
+from mipipe.graphs.coarse.mode_rows import undivided
 from mipipe.graphs.modes import GraphModes
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.serialize import load, save
@@ -72,7 +72,7 @@ def test_one_key_head_in_the_tensor_is_said(name):
     made = member_program(graph, attention(graph), "tensor", 2)
     assert made.whole == ("attention: its 1 key heads do not divide by 2 members, and what makes its queries does not"
                           " divide without them",)
-    assert made.whole[0] in str(mode_rows(with_modes(graph, ["tensor"], [2]), 2))
+    assert made.whole[0] in str(undivided(with_modes(graph, ["tensor"], [2]), 2))
 
 
 def test_key_heads_that_do_not_divide_are_said():
