@@ -99,16 +99,16 @@ class ParameterPart:
     """What a member holds of one parameter (or buffer) of the trace.
 
     ``degree``: into how many equal parts it is divided (1: every member holds all of it), along ``dim`` and ``axis``.
-    ``sections``: how many matrices lie side by side along ``dim`` (a gate and an up projection in one tensor: 2), each
-    of which is divided. ``sum_gradient``: members hold partial sums of its gradient, which are added up along the axes
-    named, once per step.
+    ``sections``: how many equal matrices lie side by side along ``dim`` (a gate and an up projection in one tensor: 2),
+    or the relative widths of unequal ones, each of which is divided. ``sum_gradient``: members hold partial sums of its
+    gradient, which are added up along the axes named, once per step.
     """
 
     __pydantic_config__: ClassVar = STRICT
     degree: Count = 1
     dim: Amount = 0
     axis: str = ""
-    sections: Count = 1
+    sections: Count | tuple[Count, ...] = 1
     sum_gradient: tuple[str, ...] = ()
 
 

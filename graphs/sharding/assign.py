@@ -18,7 +18,9 @@ from mipipe.graphs.errors import GraphError
 from mipipe.graphs.modes import CollectiveKind
 from mipipe.graphs.operator_graph import Operator, Phase, SegmentTrace, TensorSpec
 from mipipe.graphs.operators import kernels  # noqa: F401  (registers operators that traces name)
+from mipipe.graphs.operators.collectives import Sections
 from mipipe.graphs.operators.expert_kernels import ROUTE
+from mipipe.graphs.sharding.blocks import blocks_of
 from mipipe.graphs.sharding.case import Case, Choice
 from mipipe.graphs.sharding.parts import PARTIAL, WHOLE, Kind, Part, sent
 from mipipe.graphs.sharding.rules_experts import EXPERTS
@@ -126,6 +128,11 @@ class _Pass:
         self.sent = self.gathered = self.flops = self.last = 0.0
         self.collectives: list[tuple[Phase, CollectiveKind, int, str]] = []
 
+    @functools.cached_property
+    def blocks(self) -> dict[int, tuple[Sections, ...]]:
+        """See `blocks_of`."""
+        return blocks_of(self.trace)
+
     def _change(self, name: str, need: Part, backward: bool) -> tuple[str, Part, bool]:
         """A change of layout; what F gathered is gathered again in the backward."""
         return name, need, backward and self.parts[name].kind is Kind.DIVIDED and need == WHOLE
@@ -177,7 +184,8 @@ class _Pass:
                *(self.parts.get(name) for name in inputs))
         if key not in known:
             case = Case(op, self.specs, self.parts, layouts.size, layouts.scatter, layouts.tokens,
-                        lambda name: self.kinds.get(name) in _ZEROS, goal, op.name in layouts.deferred)
+                        lambda name: self.kinds.get(name) in _ZEROS, goal, op.name in layouts.deferred,
+                        lambda length: self.blocks.get(length, ()))
             rule = rule_of(op.kind)
             found = [choice for choice in (rule(case) if rule is not None else ()) if choice is not None]
             known[key] = found + ([] if op.kind == ROUTE else [case.whole()])  # members send each token once

@@ -78,13 +78,12 @@ class Builder:
     def among_zeros(self, x: fx.Node, part: Part) -> fx.Node:
         """The whole tensor of which x is this member's part, with zeros where others have theirs."""
         shape = list(x.meta["val"].shape)
-        length = shape[part.dim] // part.sections
-        starts = self.emit(aten.arange.start_step, 0, shape[part.dim] * self.size, length * self.size, device=CPU)
-        places = self.emit(aten.add.Tensor, self.emit(aten.unsqueeze.default, starts, 1), self.first(length))
-        places = self.emit(aten.add.Tensor, places, self.emit(aten.arange.default, length, device=CPU))
+        places = self.emit(team.take_part.default,
+                           self.emit(aten.arange.default, shape[part.dim] * self.size, device=CPU), 0, _listed(part),
+                           self.size, self.axis)
         shape[part.dim] *= self.size
         return self.emit(aten.index_copy.default, self.emit(aten.new_zeros.default, x, shape), part.dim,
-                         self.view(places, [-1]), x)
+                         places, x)
 
     def change(self, x: fx.Node, source: Part, target: Part, offsets: fx.Node | None = None) -> fx.Node:
         """A tensor that lies as ``source``, as ``target``: made once, gathers once more in the backward."""
@@ -107,13 +106,13 @@ class Builder:
             summand = self._own_rows(x, offsets)
             return summand if target == PARTIAL else self.change(summand, PARTIAL, target)
         if source.kind is Kind.WHOLE:
-            return self.emit(team.take_part.default, x, target.dim, target.sections, *rest)
+            return self.emit(team.take_part.default, x, target.dim, _listed(target), *rest)
         if source.kind is Kind.PARTIAL:
             return self.all_reduce(x) if target == WHOLE else self.emit(
-                team.reduce_scatter.default, x, target.dim, target.sections, *rest)
+                team.reduce_scatter.default, x, target.dim, _listed(target), *rest)
         if target == WHOLE:
-            return self.emit(team.all_gather.default, x, source.dim, source.sections, *rest)
-        return self.emit(team.exchange_parts.default, x, [source.dim, source.sections], [target.dim, target.sections],
+            return self.emit(team.all_gather.default, x, source.dim, _listed(source), *rest)
+        return self.emit(team.exchange_parts.default, x, [source.dim, *_listed(source)], [target.dim, *_listed(target)],
                          *rest)
 
     def _own_rows(self, x: fx.Node, offsets: fx.Node) -> fx.Node:
@@ -138,3 +137,8 @@ class Builder:
                 copy = self.emit(aten.clone.default, args[0], memory_format=torch.contiguous_format)
                 return self.emit(target, copy, *args[1:], **kwargs)
         return self.emit(target, *args, **kwargs)
+
+
+def _listed(part: Part) -> list[int]:
+    """The sections of a part as operators take them."""
+    return [part.sections] if isinstance(part.sections, int) else list(part.sections)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mipipe.graphs.modes import CollectiveKind
 from mipipe.graphs.operator_graph import Operator, TensorSpec
+from mipipe.graphs.operators.collectives import Sections
 from mipipe.graphs.sharding.parts import WHOLE, Kind, Part, fits
 
 
@@ -41,7 +42,8 @@ class Case:
 
     ``scatter`` gives the division in which a sum over members of a certain shape had best arrive (sequence mode), if
     there is one, ``tokens`` that of the tokens that members send to experts; ``is_zero`` tells tensors made of zeros;
-    ``goal`` is how the result is wanted in the end, if known; ``deferred``: see `Layouts`.
+    ``goal`` is how the result is wanted in the end, if known; ``deferred``: see `Layouts`; ``blocks``: the
+    sections into which the trace cuts dimensions of a length.
     """
 
     op: Operator
@@ -53,6 +55,7 @@ class Case:
     is_zero: Callable[[str], bool]
     goal: Part | None = None
     deferred: bool = False
+    blocks: Callable[[int], Sequence[Sections]] = lambda length: ()
 
     def name(self, index: int) -> str | None:
         """The tensor at a positional argument; None where there is none."""

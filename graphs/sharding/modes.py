@@ -129,9 +129,12 @@ def reasons(trace: SegmentTrace, layouts: Layouts, assignment: Assignment, mode:
             heads_whole |= bool(heads % size or spec.shape[1] % size)
             if heads % size:
                 yield f"attention: {heads} heads do not divide by {size} members"
+            elif spec.shape[1] % size and assignment.choices[op.name].share == 1:
+                yield (f"attention: its {spec.shape[1]} key heads do not divide by {size} members, and what makes its"
+                       " queries does not divide without them")
             elif spec.shape[1] % size:
                 yield f"keys and values: {spec.shape[1]} heads do not divide by {size} members"
-            if not heads % size and assignment.choices[op.name].share == 1:
+            elif assignment.choices[op.name].share == 1:
                 heads_whole = True
                 yield "attention: what makes its queries, keys and values does not divide by heads"
     if mode in ("tensor", "sequence") and not heads_whole:

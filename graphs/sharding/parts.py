@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from mipipe.graphs.operators.collectives import Sections, block_lengths
+
 
 class Kind(StrEnum):
     """The kinds of a `Part`."""
@@ -27,14 +29,15 @@ class Kind(StrEnum):
 class Part:
     """What a member has of a tensor.
 
-    Divided: along ``dim``, of which each of ``sections`` equal blocks is cut into T equal pieces. Owned: rows of
+    Divided: along ``dim``, of which each block (``sections``: so many equal ones, or the relative lengths of unequal
+    ones) is cut into T equal pieces. Owned: rows of
     dimension 0, grouped by the offsets that the value ``offsets`` holds. Routed: divided, and cannot be had otherwise;
     ``sections`` are those of the tokens that it is made of; with ``dim`` -1 its size is that of the whole.
     """
 
     kind: Kind
     dim: int = 0
-    sections: int = 1
+    sections: Sections = 1
     offsets: str = ""
     routed: bool = False
 
@@ -47,7 +50,7 @@ WHOLE = Part(Kind.WHOLE)
 PARTIAL = Part(Kind.PARTIAL)
 
 
-def divided(dim: int, sections: int = 1) -> Part:
+def divided(dim: int, sections: Sections = 1) -> Part:
     """Divided along a dimension."""
     return Part(Kind.DIVIDED, dim, sections)
 
@@ -58,11 +61,38 @@ def routed(tokens: Part, dim: int = 0) -> Part:
     return Part(Kind.DIVIDED, dim, tokens.sections, routed=True)
 
 
+def side_by_side(lengths: Sequence[int]) -> Sections:
+    """The sections of a dimension in which blocks of these lengths lie one after another."""
+    if len(set(lengths)) == 1:
+        return len(lengths)
+    unit = math.gcd(*lengths)
+    return tuple(length // unit for length in lengths)
+
+
+def units(sections: Sections) -> int:
+    """How many units blocks have in all: every member has an equal number of elements of each unit."""
+    return sections if isinstance(sections, int) else sum(sections)
+
+
+def within(length: int, part: Part, start: int, stop: int) -> Part | None:
+    """How the range from ``start`` to ``stop`` of the divided dimension, of this length, is divided; None where it is
+    not made of whole blocks."""
+    if isinstance(part.sections, int):
+        block = length // part.sections
+        whole = start % block == 0 and stop % block == 0 and stop > start
+        return replace(part, sections=(stop - start) // block) if whole else None
+    blocks = block_lengths(length, part.sections)
+    ends = [sum(blocks[:count]) for count in range(len(blocks) + 1)]
+    if start not in ends or stop not in ends or stop <= start:
+        return None
+    return replace(part, sections=side_by_side(blocks[ends.index(start):ends.index(stop)]))
+
+
 def fits(shape: Sequence[int], part: Part, size: int) -> bool:
     """Whether a tensor of this shape can be divided so among ``size`` members."""
     if part.kind is not Kind.DIVIDED or part.dim < 0:
         return True
-    return part.dim < len(shape) and shape[part.dim] > 0 and shape[part.dim] % (part.sections * size) == 0
+    return part.dim < len(shape) and shape[part.dim] > 0 and shape[part.dim] % (units(part.sections) * size) == 0
 
 
 def local_shape(shape: Sequence[int], part: Part, size: int) -> tuple[int, ...]:
@@ -95,14 +125,18 @@ def reshaped(shape: Sequence[int], target: Sequence[int], part: Part, size: int)
 
     The division cuts each of ``outer`` blocks of the row-major tensor into pieces; in the view, the dimension that
     holds these blocks must hold whole pieces. For one member it may be one of length 1: the first, as samples are.
+    Unequal blocks stay where they are in the dimension that takes the place of theirs.
     """
-    outer = math.prod(shape[:part.dim]) * part.sections
-    before = 1
+    equal = isinstance(part.sections, int)
+    count, before = units(part.sections), 1
+    outer, each = math.prod(shape[:part.dim]) * (count if equal else 1), 1 if equal else count
     for dim, length in enumerate(target):
-        if before * length >= outer * size:
+        if before * length >= outer * each * size:
             sections, left = divmod(outer, before)
-            if left or length % sections or (length // sections) % size:
+            if left or length % sections or (length // sections) % (each * size):
                 return None
-            return replace(part, dim=dim, sections=sections)
+            if equal:
+                return replace(part, dim=dim, sections=sections)
+            return part.at(dim) if sections == 1 else None
         before *= length
     return None

@@ -17,7 +17,8 @@ from dataclasses import replace
 from mipipe.graphs.operator_graph import DTYPE_BYTES, SegmentTrace
 from mipipe.graphs.operators.expert_kernels import ROUTE
 from mipipe.graphs.sharding.assign import Assignment, Layouts, assign, specs_of
-from mipipe.graphs.sharding.parts import Part, divided, fits
+from mipipe.graphs.sharding.blocks import blocks_of
+from mipipe.graphs.sharding.parts import Part, divided, fits, units
 from mipipe.graphs.sharding.refine import refine
 
 _LEAST_INTENSITY = 0.25
@@ -48,7 +49,7 @@ class _Search:
         self.trace, self.layouts, self.specs = trace, layouts, specs_of(trace)
         self.parts = {name: divided(0) for name in _tables(trace)
                       if fits(self.specs[name].shape, divided(0), layouts.size)}
-        self.shrinks = bool(banks(trace))
+        self.shrinks, self.blocks = bool(banks(trace)), blocks_of(trace)
         self.trials = max(200, _WORK // max(1, len(trace.operators)))
         self.now = self.trial({})
         self.least = _LEAST_SHARE * self.now.flops
@@ -68,15 +69,24 @@ class _Search:
     def options(self, name: str) -> Iterator[tuple[Part, Assignment]]:
         """The divisions of a parameter that gather nothing more, with what they lead to, while there is time."""
         if name not in self.parts:
-            for part in _divisions(self.specs[name].shape, self.layouts.size):
+            for part in self.divisions(name):
                 if self.trials > 0 and (trial := self.trial({name: part})).gathered <= self.now.gathered:
                     yield part, trial
+
+    def divisions(self, name: str) -> Iterator[Part]:
+        """Along each dimension in 1 to `_MOST_SECTIONS` equal sections, or in those into which the trace cuts it."""
+        shape, size = self.specs[name].shape, self.layouts.size
+        for dim, length in enumerate(shape):
+            equal = range(1, _MOST_SECTIONS + 1)
+            for sections in (*equal, *(item for item in self.blocks.get(length, ()) if item not in equal)):
+                if fits(shape, divided(dim, sections), size):
+                    yield divided(dim, sections)
 
     def free(self) -> bool:
         """Settle, in the order of use, what sends nothing more and makes nothing larger; whether there was any."""
         found = False
         for name in (*self.matrices, *self.vectors):
-            best = min(((trial.flops, trial.sent, part.sections, part.dim, part, trial)
+            best = min(((trial.flops, trial.sent, units(part.sections), part.dim, part, trial)
                         for part, trial in self.options(name)
                         if trial.sent <= self.now.sent and trial.flops <= self.now.flops),
                        key=lambda option: option[:4], default=None)
@@ -148,10 +158,3 @@ def _by_use(trace: SegmentTrace) -> Iterator[str]:
             if name in left:
                 del left[name]
                 yield name
-
-
-def _divisions(shape: tuple[int, ...], size: int) -> Iterator[Part]:
-    for sections in range(1, _MOST_SECTIONS + 1):
-        for dim in range(len(shape)):
-            if fits(shape, divided(dim, sections), size):
-                yield divided(dim, sections)

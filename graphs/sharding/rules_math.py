@@ -169,18 +169,19 @@ def product(case: Case) -> Iterator[Choice | None]:
 
 
 def product_with_bias(case: Case) -> Iterator[Choice | None]:
-    """``addmm(bias, a, b)``: where the inner dimension is divided, each member adds its share of the bias."""
+    """``addmm(bias, a, b)``, ``baddbmm``: where the inner dimension is divided, each member adds its share of the
+    bias."""
     bias, a, b = (case.name(index) for index in range(3))
     assert bias is not None and a is not None and b is not None
-    dims = len(case.shape(bias))
-    for choice in _products(case, a, b, 0):
+    shift = len(case.out) - len(case.shape(bias))
+    for choice in _products(case, a, b, len(case.out) - 2):
         if choice is None:
             continue
         made = choice.gives[0]
         if made.kind is Kind.PARTIAL:
             yield case.choice({**choice.needs, bias: WHOLE}, PARTIAL, share=choice.share, program="addmm_part")
             continue
-        place = made.dim - (2 - dims)
+        place = made.dim - shift
         part = made.at(place) if place >= 0 and case.shape(bias)[place] != 1 else WHOLE
         yield case.choice({**choice.needs, bias: part}, made, share=choice.share)
 
@@ -214,6 +215,7 @@ def _products(case: Case, a: str, b: str, lead: int) -> Iterator[Choice | None]:
 
 MATH: dict[str, Rule] = {
     "aten.mm.default": product, "aten.bmm.default": product, "aten.addmm.default": product_with_bias,
+    "aten.baddbmm.default": product_with_bias,
     "aten.sum.dim_IntList": total, "aten.sum.default": total, "aten.mean.dim": total, "aten.mean.default": total,
     "aten._softmax.default": along, "aten._softmax_backward_data.default": along,
     "aten._log_softmax.default": log_softmax, "aten._log_softmax_backward_data.default": log_softmax,

@@ -98,23 +98,24 @@ def index(case: Case) -> Iterator[Choice | None]:
 
 
 def index_put(case: Case) -> Iterator[Choice | None]:
-    """``index_put(zeros, [index], values, accumulate)``: linear in the values where the first argument is zero."""
+    """``index_put(zeros, [.., index], values, accumulate)``, one index, at any dimension: linear in the values where
+    the first argument is zero."""
     base, indices, values = case.name(0), case.names(1), case.name(2)
     assert base is not None and values is not None
     chosen = [name for name in indices if name is not None]
     whole: dict[str | None, Part] = dict.fromkeys(chosen, WHOLE)
-    plain = len(chosen) == 1 and indices[0] is not None and (
+    plain = len(chosen) == 1 and (
         len(case.shape(values)) == len(case.shape(chosen[0])) + len(case.shape(base)) - 1)
     if not case.is_zero(base) or not plain:
         return
-    part, width = case.parts[values], len(case.shape(chosen[0]))
+    part, width, first = case.parts[values], len(case.shape(chosen[0])), indices.index(chosen[0])
     adds = bool(case.value(3, False))
-    if part.kind in (Kind.PARTIAL, Kind.OWNED):
+    if part.kind is Kind.PARTIAL or (part.kind is Kind.OWNED and not first):
         yield case.choice({**whole, base: WHOLE, values: PARTIAL}, PARTIAL)
-    elif part.kind is Kind.DIVIDED and part.dim >= width:
-        made = part.at(part.dim - width + 1)
+    elif part.kind is Kind.DIVIDED and not first <= part.dim < first + width:
+        made = part if part.dim < first else part.at(part.dim - width + 1)
         yield case.choice({**whole, base: made, values: part}, made)
-    elif part.kind is Kind.DIVIDED and adds and width == 1:
+    elif part.kind is Kind.DIVIDED and adds and width == 1 and not first:
         yield case.choice({chosen[0]: part, base: WHOLE, values: part}, PARTIAL)
 
 

@@ -6,9 +6,21 @@ All are linear, so sums over members pass through them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
 
+from mipipe.graphs.operators.collectives import block_lengths
 from mipipe.graphs.sharding.case import Case, Choice, positive
-from mipipe.graphs.sharding.parts import PARTIAL, WHOLE, Kind, Part, divided, local_shape, reshaped
+from mipipe.graphs.sharding.parts import (
+    PARTIAL,
+    WHOLE,
+    Kind,
+    Part,
+    divided,
+    local_shape,
+    reshaped,
+    side_by_side,
+    within,
+)
 
 Rule = Callable[[Case], Iterator[Choice | None]]
 
@@ -111,9 +123,8 @@ def slice_(case: Case) -> Iterator[Choice | None]:
         return
     length = shape[dim]
     low, high, _ = slice(case.value(2), case.value(3), case.value(4, 1)).indices(length)
-    section = length // part.sections
-    if case.value(4, 1) == 1 and low % section == 0 and high % section == 0 and high > low:
-        made = divided(dim, (high - low) // section)
+    made = within(length, part, low, high)
+    if case.value(4, 1) == 1 and made is not None:
         yield case.choice({name: part}, made, args={2: low // case.size, 3: high // case.size})
 
 
@@ -129,10 +140,17 @@ def slice_backward(case: Case) -> Iterator[Choice | None]:
         if place != dim:
             made = part.at(place)
             yield case.choice({name: part}, made, args={1: list(local_shape(case.out, made, case.size))})
+        elif not gone and case.value(5, 1) == 1:
+            low, high, _ = slice(case.value(3), case.value(4)).indices(case.out[dim])
+            for sections in case.blocks(case.out[dim]):
+                made = divided(dim, sections)
+                if within(case.out[dim], made, low, high) == part:
+                    yield case.choice({name: part}, made, args={
+                        1: list(local_shape(case.out, made, case.size)), 3: low // case.size, 4: high // case.size})
 
 
 def cat(case: Case) -> Iterator[Choice | None]:
-    """Along another dimension than the divided one; along the same where all have sections of one length."""
+    """Along another dimension than the divided one; along the same where all are divided."""
     names = [name for name in case.names(0) if name is not None]
     dim = positive(case.value(1, 0), len(case.out))
     kinds = {case.parts[name].kind for name in names}
@@ -145,8 +163,11 @@ def cat(case: Case) -> Iterator[Choice | None]:
     for part in case.divisions(*names):
         if part.dim != dim:
             yield case.choice(dict.fromkeys(names, part), part)
-        elif len({case.parts[name] for name in names}) == 1 and len({case.shape(name) for name in names}) == 1:
-            yield case.choice(dict.fromkeys(names, part), divided(dim, part.sections * len(names)))
+        elif all(case.parts[name].kind is Kind.DIVIDED and case.parts[name].dim == dim for name in names):
+            lengths = [length for name in names
+                       for length in block_lengths(case.shape(name)[dim], case.parts[name].sections)]
+            yield case.choice({name: case.parts[name] for name in names}, divided(dim, side_by_side(lengths)))
+            return
 
 
 def stack(case: Case) -> Iterator[Choice | None]:
@@ -175,12 +196,12 @@ def split(case: Case) -> Iterator[Choice | None]:
     if part.dim != dim:
         yield case.choice({name: part}, *(part.at(part.dim - (unbound and part.dim > dim)),) * count)
     elif not unbound:
-        section = shape[dim] // part.sections
-        lengths = [spec.shape[dim] for spec in case.op.outputs]
-        if all(length % section == 0 for length in lengths):
+        ends = [0, *accumulate(spec.shape[dim] for spec in case.op.outputs)]
+        made = [within(shape[dim], part, *ends[place:place + 2]) for place in range(count)]
+        if None not in made:
             sizes = case.value(1)
             local = [length // case.size for length in sizes] if isinstance(sizes, list) else sizes // case.size
-            yield case.choice({name: part}, *(divided(dim, length // section) for length in lengths), args={1: local})
+            yield case.choice({name: part}, *filter(None, made), args={1: local})
 
 
 def slice_scatter(case: Case) -> Iterator[Choice | None]:

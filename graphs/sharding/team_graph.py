@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from mipipe.graphs.errors import GraphError
 from mipipe.graphs.operator_graph import Operator, OperatorGraph, ParameterSpec, Phase, Segment, SegmentTrace, Value
+from mipipe.graphs.operators.collectives import Sections
 from mipipe.graphs.serialize import digest
 from mipipe.graphs.sharding.boundaries import Streams, boundary_parts, naming, segment_layouts
 from mipipe.graphs.sharding.member import has_dynamic_rows
@@ -28,7 +29,7 @@ class Division:
     axis: str
     size: int
     dim: int
-    sections: int = 1
+    sections: Sections = 1
 
 
 @dataclass(frozen=True)

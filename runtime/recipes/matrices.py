@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mipipe.graphs.operators.collectives import part_of, whole_of
+from mipipe.graphs.operators.collectives import Sections, part_of, whole_of
 from mipipe.runtime.ranks import comm
 
 SMALLEST_NORM = 1e-12
@@ -27,12 +27,12 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 @dataclass(frozen=True, slots=True)
 class Along:
-    """One division of a parameter: each of ``sections`` equal blocks of ``dimension`` lies in equal parts on the ranks
-    of ``group``."""
+    """One division of a parameter: each block of ``dimension`` (``sections``, as of a `Part`) lies in equal parts on
+    the ranks of ``group``."""
 
     dimension: int
     group: Any
-    sections: int = 1
+    sections: Sections = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import accumulate, product
 
 import torch
 from torch import Tensor
 
+from mipipe.graphs.operators.collectives import block_lengths
 from mipipe.graphs.sharding.team_graph import Division
 
 Ranges = tuple[tuple[int, int], ...]
@@ -71,9 +72,10 @@ def piece_of(shape: Sequence[int], divisions: Sequence[Division], coordinates: M
     for item in divisions:
         before = ranges.get(item.dim, ((0, shape[item.dim]),))
         length = sum(stop - start for start, stop in before)
-        part, member = length // (item.sections * item.size), coordinates[item.axis]
-        ranges[item.dim] = tuple(found for section in range(item.sections) for found in _within(
-            before, section * part * item.size + member * part, part))
+        member, blocks = coordinates[item.axis], block_lengths(length, item.sections)
+        ranges[item.dim] = tuple(found for start, block in zip(accumulate(blocks, initial=0), blocks, strict=False)
+                                 for found in _within(before, start + member * (block // item.size),
+                                                      block // item.size))
     return Piece(tuple(shape), ranges)
 
 

@@ -16,7 +16,7 @@ from mipipe.graphs.operator_graph import Phase
 from mipipe.graphs.operators.collectives import part_of, whole_of
 from mipipe.graphs.serialize import save
 from mipipe.graphs.sharding.modes import member_program, settle_shared, with_modes
-from mipipe.graphs.sharding.parts import WHOLE, divided, fits, local_shape, reshaped
+from mipipe.graphs.sharding.parts import WHOLE, divided, fits, local_shape, reshaped, units
 
 COLLECTIVES = {f"mipipe.{name}.default": name for name in ("all_reduce", "all_gather", "reduce_scatter",
                                                            "exchange_parts")}
@@ -52,10 +52,13 @@ def collectives(made, phase):
 shapes = st.lists(st.integers(1, 6), min_size=1, max_size=4)
 
 
-@given(shapes, st.integers(1, 3), st.sampled_from([2, 4]), st.data())
+SECTIONS = st.sampled_from([1, 2, 3, (2, 1), (1, 3), (2, 1, 1)])
+
+
+@given(shapes, SECTIONS, st.sampled_from([2, 4]), st.data())
 def test_parts_put_together_are_the_whole(shape, sections, size, data):
     dim = data.draw(st.integers(0, len(shape) - 1))
-    shape[dim] *= sections * size
+    shape[dim] *= units(sections) * size
     x = torch.arange(math.prod(shape)).view(shape)
     parts = [part_of(x, member, size, dim, sections) for member in range(size)]
     assert all(tuple(part.shape) == local_shape(shape, divided(dim, sections), size) for part in parts)
@@ -63,7 +66,7 @@ def test_parts_put_together_are_the_whole(shape, sections, size, data):
 
 
 @settings(max_examples=100)
-@given(st.lists(st.sampled_from([1, 2, 3, 4, 8]), min_size=1, max_size=4), st.integers(1, 3), st.data())
+@given(st.lists(st.sampled_from([1, 2, 3, 4, 8]), min_size=1, max_size=4), SECTIONS, st.data())
 def test_a_view_is_divided_where_the_tensor_is(shape, sections, data):
     """`reshaped` is right: each member's part, viewed, is its part of the view."""
     size, dim = 2, data.draw(st.integers(0, len(shape) - 1))

@@ -54,12 +54,13 @@ class Case:
 @functools.cache
 def case(name: str, dtype: torch.dtype = torch.float64) -> Case:
     """``moe``, ``deepseek`` (with experts, routed in float32), ``deepseek-dense``, ``llama`` (tied), ``llama-dora``
-    (adapters of a recipe), ``vlm``, ``vlm-frozen`` (vision tower), ``vlm-lora`` (language model), ``skip``."""
+    (adapters of a recipe), ``phi3`` (fused projections), ``vlm``, ``vlm-frozen`` (vision tower), ``vlm-lora`` (language
+    model), ``skip``."""
     if name == "skip":
         module, shift, loss_of = models.skip_module(dtype), False, None
     elif name == "deepseek-dense":
         module, shift, loss_of = models.tiny_deepseek(dtype, 3), True, models.token_losses
-    elif name in ("moe", "deepseek", "llama", "llama-dora"):
+    elif name in ("moe", "deepseek", "llama", "llama-dora", "phi3"):
         module, shift, loss_of = getattr(models, f"tiny_{name.partition('-')[0]}")(dtype), True, models.token_losses
         if name == "llama-dora":
             torch.manual_seed(13)

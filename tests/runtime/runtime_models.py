@@ -117,6 +117,16 @@ def tiny_llama(dtype: torch.dtype = torch.float64) -> nn.Module:
     return LlamaForCausalLM(config).to(dtype)
 
 
+def tiny_phi3(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """transformers' Phi-3: 2 layers, queries (4 heads), keys and values (2) in one tensor, gate and up in one."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+    config = Phi3Config(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, use_cache=False,
+                        tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(15)
+    return Phi3ForCausalLM(config).to(dtype)
+
+
 def tiny_vlm(dtype: torch.dtype = torch.float64) -> nn.Module:
     """transformers' LLaVA: a CLIP tower of 4 layers, a projector, a Llama of 4 layers."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration

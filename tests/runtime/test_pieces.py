@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mipipe.graphs.operators.collectives import part_of
+from mipipe.graphs.sharding.parts import units
 from mipipe.graphs.sharding.team_graph import Division
 from mipipe.runtime.weights.pieces import Piece, overlap, parse_piece, piece_of
 
@@ -16,11 +17,12 @@ SHAPE = (24, 8, 4)
 
 @st.composite
 def divisions(draw):
-    """Up to two axes, along any dimensions, in sections."""
+    """Up to two axes, along any dimensions, in sections, equal or not."""
     found, left = [], list(SHAPE)
     for axis in ("context", "tensor")[:draw(st.integers(0, 2))]:
-        dim, size, sections = draw(st.integers(0, 2)), draw(st.sampled_from((2, 3, 4))), draw(st.sampled_from((1, 2)))
-        if left[dim] % (size * sections) == 0:
+        dim, size = draw(st.integers(0, 2)), draw(st.sampled_from((2, 3, 4)))
+        sections = draw(st.sampled_from((1, 2, (2, 1), (1, 3, 2))))
+        if left[dim] % (size * units(sections)) == 0:
             left[dim] //= size
             found.append(Division(axis, size, dim, sections))
     return tuple(found)

@@ -29,23 +29,24 @@ OTHERS = Team({"context": 2, "tensor": 2}, modes=(TeamMode("tensor", "sequence")
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_under_other_degrees_and_without(pool, tmp_path):
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_a_run_goes_on_under_other_degrees_and_without(pool, tmp_path, name):
     """Two teams of two save after two steps; a team of two axes goes on, and a single process does; the folder that the
     team saves has the weights of one process, and each member reads its part of them."""
-    made = equal.case("llama")
+    made = equal.case(name)
     run = functools.partial(pool.run, timeout=180.0)
-    first = run(4, RUNS, "train", "llama", plan_of(made.graph, 2, TEAMS), made.graph, made.state(),
+    first = run(4, RUNS, "train", name, plan_of(made.graph, 2, TEAMS), made.graph, made.state(),
                 config_of(tmp_path / "kept", 2))
-    check("llama", first, 0, 2)
+    check(name, first, 0, 2)
     shutil.copytree(tmp_path / "kept", tmp_path / "single")
-    team = run(4, RUNS, "train", "llama", plan_of(made.graph, 1, OTHERS), made.graph, made.state(),
+    team = run(4, RUNS, "train", name, plan_of(made.graph, 1, OTHERS), made.graph, made.state(),
                config_of(tmp_path / "kept", STEPS), tmp_path / "saved")
-    check("llama", team, 2, STEPS)
-    single = run(1, RUNS, "train", "llama", plan_of(made.graph, 1, None), made.graph, made.state(),
+    check(name, team, 2, STEPS)
+    single = run(1, RUNS, "train", name, plan_of(made.graph, 1, None), made.graph, made.state(),
                  config_of(tmp_path / "single", STEPS))
-    check("llama", single, 2, STEPS)
+    check(name, single, 2, STEPS)
     saved = load_file(tmp_path / "saved" / "model.safetensors")
-    for key, item in alone("llama")[1][-1].items():
+    for key, item in alone(name)[1][-1].items():
         close(key, saved[key], item)
 
 

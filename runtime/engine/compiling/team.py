@@ -9,7 +9,7 @@ Legend: T members along an axis.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -66,7 +66,7 @@ class Axis:
         self.wait(comm.start_all_gather(self.group, parts, x), "all-gather")
         return parts
 
-    def reduce_scatter(self, x: Tensor, dim: int, sections: int) -> Tensor:
+    def reduce_scatter(self, x: Tensor, dim: int, sections: int | Sequence[int]) -> Tensor:
         """This member's part of the sum; gloo's own reduce-scatter is slower than its sum of whole tensors."""
         if not x.is_cuda:
             return part_of(self.all_reduce(x, "sum"), self.member, self.size, dim, sections).clone()
@@ -162,18 +162,18 @@ def team_operators(axes: Mapping[str, Axis]) -> dict[str, Callable[..., Tensor]]
     def all_reduce(x: Tensor, op: str, size: int, axis: str) -> Tensor:
         return axis_of(axis, size).all_reduce(x, op)
 
-    def all_gather(x: Tensor, dim: int, sections: int, size: int, axis: str) -> Tensor:
+    def all_gather(x: Tensor, dim: int, sections: list[int], size: int, axis: str) -> Tensor:
         return whole_of(axis_of(axis, size).gather(x), dim, sections)
 
-    def reduce_scatter(x: Tensor, dim: int, sections: int, size: int, axis: str) -> Tensor:
+    def reduce_scatter(x: Tensor, dim: int, sections: list[int], size: int, axis: str) -> Tensor:
         return axis_of(axis, size).reduce_scatter(x, dim, sections)
 
-    def take_part(x: Tensor, dim: int, sections: int, size: int, axis: str) -> Tensor:
+    def take_part(x: Tensor, dim: int, sections: list[int], size: int, axis: str) -> Tensor:
         return part_of(x, axis_of(axis, size).member, size, dim, sections).clone()
 
     def exchange_parts(x: Tensor, source: list[int], target: list[int], size: int, axis: str) -> Tensor:
-        parts = torch.stack([part_of(x, member, size, *target) for member in range(size)])
-        return whole_of(list(axis_of(axis, size).exchange(parts)), *source)
+        parts = torch.stack([part_of(x, member, size, target[0], target[1:]) for member in range(size)])
+        return whole_of(list(axis_of(axis, size).exchange(parts)), source[0], source[1:])
 
     named: dict[str, Callable[..., Tensor]] = {
         "all_reduce": all_reduce, "all_gather": all_gather, "reduce_scatter": reduce_scatter,
