@@ -11,7 +11,7 @@ from local_team import largest_error
 
 from mipipe.graphs.operator_graph import TensorSpec
 from mipipe.graphs.operators import kernels  # noqa: F401  (registers mipipe's operators)
-from mipipe.graphs.sharding.assign import Layouts, assign
+from mipipe.graphs.sharding.assign import Layouts
 from mipipe.graphs.sharding.member import build_member
 from mipipe.graphs.sharding.parts import divided, fits
 from mipipe.graphs.sharding.refine import refine
@@ -148,8 +148,7 @@ def compare(name, data):
                       {key: found for key, found in asked.items() if found is not None},
                       lambda shape: divided(0) if shape and shape[0] % size == 0 and scatters else None)
     scatters = data.draw(st.booleans())
-    layouts = refine(trace, layouts)
-    assignment = assign(trace, layouts)
+    layouts, assignment = refine(trace, layouts)
     program = build_member(trace, layouts, "team", assignment)
 
     generator = torch.Generator().manual_seed(3)
