@@ -13,7 +13,7 @@ from itertools import chain, combinations, count
 from mipipe.graphs.costs.products import ATTENTION
 from mipipe.graphs.operator_graph import DTYPE_BYTES
 from mipipe.planner.teams.bounds.of_degrees import bound_of, seconds_in_kernels
-from mipipe.planner.teams.bounds.windows import table
+from mipipe.planner.teams.bounds.windows import apart, table
 from mipipe.planner.teams.prices.degrees import Degrees, Recompute
 from mipipe.planner.teams.prices.pieces import ModelPieces, misfit, samples_misfit
 from mipipe.planner.teams.prices.pricing import Pricer
@@ -228,8 +228,10 @@ def floor_of(pricer: Pricer, degrees: Degrees, global_batch: int,
             way == "selective" and pricer.model.graph.modes is not None)]
     plain = [replace(degrees, zero=1, recompute=mode, chunks=1) for mode in modes]
     costs = [pricer.costs(each) for each in plain]
-    kernels = sum(table(costs, seconds_in_kernels).min(axis=0).tolist())
-    talk = sum(table(costs, lambda cost: cost.f.total + cost.backward - seconds_in_kernels(cost)).min(axis=0).tolist())
+    each_once = apart(costs)
+    kernels = sum(table(each_once, seconds_in_kernels).min(axis=0).tolist())
+    talk = sum(table(each_once, lambda cost: cost.f.total + cost.backward - seconds_in_kernels(cost)).min(
+        axis=0).tolist())
     update = sum(cost.optimizer for cost in costs[0])
     microbatches, most = global_batch // (degrees.copies * degrees.microbatch), global_batch // degrees.copies
     collectives = max(pricer.collectives(each) for each in plain)
