@@ -1,4 +1,4 @@
-"""How every operator of a trace runs on a team: by the rule's choice that sends the least.
+"""How every operator of a trace runs on a team: each as costs least where it stands (`mipipe.graphs.sharding.steps`).
 
 Operators are taken in the trace's order. A tensor that lies otherwise than an operator needs it is changed once and
 kept; what F has gathered is gathered again in the backward, so that a member keeps its part and not the whole between
@@ -8,46 +8,14 @@ slower, and right.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
-
-from mipipe.graphs.errors import GraphError
 from mipipe.graphs.modes import CollectiveKind
-from mipipe.graphs.operator_graph import Operator, Phase, SegmentTrace, TensorSpec
-from mipipe.graphs.operators import kernels  # noqa: F401  (registers operators that traces name)
-from mipipe.graphs.operators.collectives import Sections
-from mipipe.graphs.operators.expert_kernels import ROUTE
-from mipipe.graphs.sharding.blocks import blocks_of
-from mipipe.graphs.sharding.case import Case, Choice
-from mipipe.graphs.sharding.parts import PARTIAL, WHOLE, Kind, Part, sent
-from mipipe.graphs.sharding.rules_experts import EXPERTS
-from mipipe.graphs.sharding.rules_math import MATH, pointwise
-from mipipe.graphs.sharding.rules_model import MODEL
-from mipipe.graphs.sharding.rules_team import TEAM
-from mipipe.graphs.sharding.rules_views import VIEWS, Rule
-from mipipe.graphs.trace_rules import CONSTANT, GETITEM
-from mipipe.graphs.tracing.operator_kinds import resolve_operator
-
-RULES: dict[str, Rule] = {**VIEWS, **MATH, **MODEL, **EXPERTS, **TEAM}
-_POINTWISE = {"aten.clone.default", "aten._to_copy.default", "aten.where.self", "aten.silu_backward.default",
-              "aten.gelu_backward.default", "aten.threshold_backward.default"}
-_ZEROS = {"aten.new_zeros.default", "aten.zeros.default", "aten.zeros_like.default"}
-_PENALTY = 1000.0
-"""How much worse it is to gather a parameter, or to scatter its gradient, than activations of its size: a mode divides
-parameters so that they stay divided."""
-
-def _sends(source: Part, target: Part, num_bytes: int, size: int) -> tuple[CollectiveKind, int]:
-    """The collective of a change of layout that sends something, and its bytes."""
-    if source.kind is Kind.DIVIDED:
-        return (CollectiveKind.ALL_GATHER, num_bytes) if target == WHOLE else (
-            CollectiveKind.ALL_TO_ALL, num_bytes // size)
-    return CollectiveKind.ALL_REDUCE if target == WHOLE else CollectiveKind.REDUCE_SCATTER, num_bytes
-
-
-Scatter = Callable[[tuple[int, ...]], Part | None]
+from mipipe.graphs.operator_graph import Phase, SegmentTrace
+from mipipe.graphs.sharding.case import Choice
+from mipipe.graphs.sharding.parts import PARTIAL, WHOLE, Part
+from mipipe.graphs.sharding.steps import Scatter, State, Steps
 
 
 def no_scatter(shape: tuple[int, ...]) -> Part | None:
@@ -62,8 +30,8 @@ class Layouts:
     ``given``: inputs, parameters, buffers and output gradients that are not whole. ``wanted``: outputs and input
     gradients, by name, that are not whole. ``scatter``, ``tokens``: see `Case`. ``deferred``: products of a sum over
     members and a whole tensor, and casts of sums, by the operator's name, that are made of the members' parts and
-    summed later. ``early``: gradients of outputs that are gathered as soon as they arrive. ``offers``: what rules gave
-    operators to choose from before; layouts made of these by `dataclasses.replace` share it.
+    summed later. ``early``: gradients of outputs that are gathered as soon as they arrive. ``known``: the steps of
+    traces' operators; layouts made of these by `dataclasses.replace` share them.
     """
 
     size: int
@@ -73,8 +41,14 @@ class Layouts:
     tokens: Scatter = no_scatter
     deferred: frozenset[str] = frozenset()
     early: frozenset[str] = frozenset()
-    offers: dict[object, tuple[Operator, tuple[str, ...], dict[object, list[Choice]]]] = field(
-        default_factory=dict, repr=False, compare=False)
+    known: dict[object, Steps] = field(default_factory=dict, repr=False, compare=False)
+
+    def steps_of(self, trace: SegmentTrace) -> Steps:
+        """The steps of a trace's operators."""
+        key = id(trace), self.size, self.scatter, self.tokens
+        if key not in self.known:
+            self.known[key] = Steps(trace, self.size, self.scatter, self.tokens)
+        return self.known[key]
 
 
 @dataclass(frozen=True)
@@ -96,162 +70,80 @@ class Assignment:
     collectives: tuple[tuple[Phase, CollectiveKind, int, str], ...]
 
 
-def specs_of(trace: SegmentTrace) -> dict[str, TensorSpec]:
-    """The spec of every tensor of a trace (of an operator with several results, the first)."""
-    return {**{item.name: item.outputs[0] for item in trace.operators if item.outputs}, **trace.specs}
-
-
-@functools.cache
-def rule_of(kind: str) -> Rule | None:
-    """The rule of an operator kind; None: it runs on whole tensors."""
-    if kind in RULES:
-        return RULES[kind]
-    if kind in (GETITEM, CONSTANT):
-        return None
-    tags = getattr(resolve_operator(kind), "tags", ())
-    random = torch.Tag.nondeterministic_seeded in tags
-    return pointwise if (kind in _POINTWISE or torch.Tag.pointwise in tags) and not random else None
-
-
 class _Pass:
     """One run over the operators of a trace."""
 
-    def __init__(self, trace: SegmentTrace, layouts: Layouts, specs: Mapping[str, TensorSpec]) -> None:
-        self.trace, self.layouts, self.specs = trace, layouts, specs
+    def __init__(self, trace: SegmentTrace, layouts: Layouts) -> None:
+        self.trace, self.layouts, self.steps = trace, layouts, layouts.steps_of(trace)
         names = (*trace.inputs, *trace.parameters, *trace.buffers, *(name for name in trace.output_grads if name))
-        self.parts: dict[str, Part] = {name: layouts.given.get(name, WHOLE) for name in names}
-        self.born = dict(self.parts)
-        self.held = set(trace.parameters) | set(trace.buffers)
-        self.kinds: dict[str, str] = {}
-        self.results: dict[str, tuple[Part, ...]] = {}
-        self.have: set[tuple[str, Part, bool]] = set()
-        self.sent = self.gathered = self.flops = self.last = 0.0
+        self.born: dict[str, Part] = {name: layouts.given.get(name, WHOLE) for name in names}
+        self.states: dict[str, State] = {name: self.steps.state(part) for name, part in self.born.items()}
+        self.choices: dict[str, Choice] = {}
+        self.sent = self.gathered = self.flops = 0.0
         self.collectives: list[tuple[Phase, CollectiveKind, int, str]] = []
 
-    @functools.cached_property
-    def blocks(self) -> dict[int, tuple[Sections, ...]]:
-        """See `blocks_of`."""
-        return blocks_of(self.trace)
-
-    def _change(self, name: str, need: Part, backward: bool) -> tuple[str, Part, bool]:
-        """A change of layout; what F gathered is gathered again in the backward."""
-        return name, need, backward and self.parts[name].kind is Kind.DIVIDED and need == WHOLE
-
-    def price(self, name: str, need: Part, backward: bool) -> float | None:
-        """What it sends to have a tensor as needed; None where it cannot be had so."""
-        part = self.parts[name]
-        if part == need or self._change(name, need, backward) in self.have:
-            return 0.0
-        bytes_sent = sent(part, need, self.specs[name].num_bytes)
-        return bytes_sent if bytes_sent is None or name not in self.held else bytes_sent * _PENALTY
-
-    def cost(self, choice: Choice, backward: bool) -> float | None:
-        total = choice.sent
-        for name, need in choice.needs.items():
-            price = self.price(name, need, backward)
-            if price is None:
-                return None
-            total += price
-        return total
-
-    def take(self, op: Operator, goal: Part | None) -> Choice:
-        """The cheapest choice for an operator; among equal ones the one that leaves a member the least to do."""
-        backward, best = op.phase is not Phase.F, None
-        for number, choice in enumerate(self._offered(op, goal)):
-            cost = self.cost(choice, backward)
-            if cost is None:
+    def run(self, phase: Phase, ends: Mapping[str, Part]) -> None:
+        """Choose for every operator of a phase."""
+        states, deferred = self.states, self.layouts.deferred
+        for site in self.steps.sites[phase]:
+            name = site.operator.name
+            if site.of:
+                gives = self.choices[site.of].gives
+                self.born[name] = part = gives[site.place] if site.place < len(gives) else gives[-1]
+                states[name] = self.steps.state(part)
                 continue
-            if goal is not None and choice.gives:
-                last = 0.0 if choice.gives[0] == goal or (choice.gives[0] == PARTIAL and goal == WHOLE) else sent(
-                    choice.gives[0], goal, op.outputs[0].num_bytes)
-                scattered = (choice.gives[0] == PARTIAL and goal.kind is Kind.DIVIDED
-                             and op.name in self.trace.parameter_grads)
-                cost += float("inf") if last is None else last * _PENALTY if scattered else last
-            rank = (cost, choice.share, number)
-            if best is None or rank < best[0]:
-                best = rank, choice
-        if best is None:
-            raise GraphError(self._lost(op))
-        return best[1]
+            step = self.steps.take(site, states, ends.get(name), name in deferred)
+            self.choices[name] = step.choice
+            states.update(step.changes)
+            self.sent += step.sent
+            self.gathered += step.gathered
+            self.flops += step.flops
+            self.collectives += step.collectives
+            if step.made is not None:
+                states[name], self.born[name] = step.made, step.made.part
 
-    def _offered(self, op: Operator, goal: Part | None) -> list[Choice]:
-        """The ways to run an operator: a search for a recipe meets most with their arguments lying as before."""
-        layouts = self.layouts
-        if id(op) not in layouts.offers:
-            layouts.offers[id(op)] = op, op.inputs, {}
-        _, inputs, known = layouts.offers[id(op)]
-        key = (goal, op.name in layouts.deferred, layouts.size, layouts.scatter, layouts.tokens,
-               *(self.parts.get(name) for name in inputs))
-        if key not in known:
-            case = Case(op, self.specs, self.parts, layouts.size, layouts.scatter, layouts.tokens,
-                        lambda name: self.kinds.get(name) in _ZEROS, goal, op.name in layouts.deferred,
-                        lambda length: self.blocks.get(length, ()))
-            rule = rule_of(op.kind)
-            found = [choice for choice in (rule(case) if rule is not None else ()) if choice is not None]
-            known[key] = found + ([] if op.kind == ROUTE else [case.whole()])  # members send each token once
-        return known[key]
-
-    def _lost(self, op: Operator) -> str:
-        """Why an operator does not run: what is on its way to experts cannot be had whole, as all else can."""
-        if op.kind == ROUTE:
-            return (f"{self.specs[op.inputs[0]].shape[0]} tokens do not divide among {self.layouts.size} members, each"
-                    " of which sends its part to the experts")
-        return f"{op.kind} looks at more than a row of what tokens are at their experts, of which members have parts"
-
-    def use(self, name: str, need: Part, phase: Phase) -> None:
-        """Count a change of layout once."""
-        backward = phase is not Phase.F
-        self.last = price = self.price(name, need, backward) or 0.0
-        self.sent += price
-        if price:
-            self.collectives.append((phase, *_sends(self.parts[name], need, self.specs[name].num_bytes,
-                                                    self.layouts.size), name))
-        if self.parts[name].kind is Kind.DIVIDED and phase is not Phase.W:
-            self.gathered += price
-        if self.parts[name].kind is Kind.PARTIAL:  # from now on it is there as a sum
-            self.parts[name] = need
-        elif self.parts[name] != need:
-            self.have.add(self._change(name, need, backward))
+    def use(self, name: str, need: Part, phase: Phase, *, counts: bool = True) -> None:
+        """Change how a tensor lies, once."""
+        found = self.steps.change(name, self.states[name], need, phase)
+        if found is None:
+            return
+        self.states[name] = found.state
+        self.sent += found.sent if counts else 0.0
+        self.gathered += found.gathered
+        if found.collective is not None:
+            self.collectives.append((phase, *found.collective, name))
 
     def begin(self, phase: Phase) -> None:
         """Before the backward gradients are gathered that are to be so early; in W what I has gathered stays so."""
         for name in sorted(self.layouts.early) if phase is first_backward(self.trace) else ():
             self.use(name, WHOLE, phase)
-            self.parts[name] = WHOLE
-        for name, need, again in self.have if phase is Phase.W else ():
-            if again and need == WHOLE:
-                self.parts[name] = WHOLE
-
-    def lie(self, name: str, part: Part) -> None:
-        """Note how a new tensor lies."""
-        self.parts[name] = self.born[name] = part
+            self.states[name] = self.steps.state(WHOLE, self.states[name].changed)
+        for name, state in list(self.states.items()) if phase is Phase.W else ():
+            if state.gathered_again:
+                self.states[name] = self.steps.state(WHOLE, state.changed)
 
 
-def assign(trace: SegmentTrace, layouts: Layouts, specs: Mapping[str, TensorSpec] | None = None) -> Assignment:
+def assign(trace: SegmentTrace, layouts: Layouts) -> Assignment:
     """The assignment of a trace under the layouts of what it is given and returns."""
-    run = _Pass(trace, layouts, specs or specs_of(trace))
+    run = _Pass(trace, layouts)
     ends = _ends(trace, layouts)
-    choices: dict[str, Choice] = {}
     leaving: dict[str, Part] = {}
     for phase, names in results_of(trace):
         run.begin(phase)
-        for op in trace.phase_operators(phase):
-            _step(run, op, choices, ends)
+        run.run(phase, ends)
         for name in filter(None, names):
-            keep = run.parts[name] == PARTIAL and ends[name] == WHOLE and _is_parameter_grad(trace, name)
+            keep = run.states[name].part == PARTIAL and ends[name] == WHOLE and _is_parameter_grad(trace, name)
             leaving[name] = PARTIAL if keep else ends[name]
             if not keep:
-                run.use(name, ends[name], phase)
-                run.sent -= run.last if phase is Phase.W else 0.0
-    return Assignment(choices, run.born, leaving, run.sent, run.gathered, run.flops, tuple(run.collectives))
+                run.use(name, ends[name], phase, counts=phase is not Phase.W)
+    return Assignment(run.choices, run.born, leaving, run.sent, run.gathered, run.flops, tuple(run.collectives))
 
 
 def forward_parts(trace: SegmentTrace, layouts: Layouts) -> dict[str, Part]:
     """How the outputs of a trace lie as F makes them, whatever is wanted of them."""
-    run, choices = _Pass(trace, layouts, specs_of(trace)), dict[str, Choice]()
-    for op in trace.phase_operators(Phase.F):
-        _step(run, op, choices, {})
-    return {name: run.parts[name] for name in trace.outputs}
+    run = _Pass(trace, layouts)
+    run.run(Phase.F, {})
+    return {name: run.states[name].part for name in trace.outputs}
 
 
 def first_backward(trace: SegmentTrace) -> Phase:
@@ -263,27 +155,6 @@ def results_of(trace: SegmentTrace) -> tuple[tuple[Phase, tuple[str | None, ...]
     """The results of each phase: outputs and updates; input gradients; parameter gradients."""
     return ((Phase.F, (*trace.outputs, *trace.buffer_updates.values())), (Phase.I, trace.input_grads),
             (Phase.W, trace.parameter_grads))
-
-
-def _step(run: _Pass, op: Operator, choices: dict[str, Choice], ends: Mapping[str, Part]) -> None:
-    """Choose for one operator."""
-    run.kinds[op.name] = op.kind
-    if op.kind == GETITEM:
-        source, place = op.args[0]["ref"], op.args[1]
-        gives = run.results[source]
-        run.lie(op.name, gives[place] if place < len(gives) else gives[-1])
-        return
-    choice = choices[op.name] = run.take(op, ends.get(op.name))
-    for name, need in choice.needs.items():
-        run.use(name, need, op.phase)
-    run.sent += choice.sent
-    run.collectives += [(op.phase, kind, size, op.name) for kind, size in choice.inside]
-    run.flops += op.flops * choice.share
-    run.results[op.name] = choice.gives
-    if choice.gives:
-        run.lie(op.name, choice.gives[0])
-    if op.kind in VIEWS and len(op.inputs) == 1 and op.inputs[0] in run.held:
-        run.held.add(op.name)
 
 
 def _ends(trace: SegmentTrace, layouts: Layouts) -> dict[str, Part]:

@@ -15,7 +15,7 @@ from mipipe.graphs.costs.mode_profile import all_work, kept_bytes, resident_byte
 from mipipe.graphs.errors import GraphError, shown
 from mipipe.graphs.modes import MODES, GraphModes, Layout, ModeProfile, ParameterPart
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Segment, SegmentTrace
-from mipipe.graphs.sharding.assign import Assignment, Layouts, assign
+from mipipe.graphs.sharding.assign import Assignment, Layouts
 from mipipe.graphs.sharding.boundaries import Streams, boundary_parts, naming, segment_layouts
 from mipipe.graphs.sharding.member import build_member, has_dynamic_rows
 from mipipe.graphs.sharding.parts import PARTIAL, WHOLE, Kind, Part
@@ -93,8 +93,7 @@ def assigned(graph: OperatorGraph, trace: SegmentTrace, mode: str, size: int, fi
         if not set(trace.parameters) | set(trace.buffers) <= set(fixed):
             own = recipe_of(trace, mode, boundary, {} if recipes is None else recipes)
             given = {name: part for name, part in {**own, **fixed}.items() if part != WHOLE}
-        boundary = refine(trace, replace(boundary, given={**boundary.given, **given}))
-        return boundary, assign(trace, boundary)
+        return refine(trace, replace(boundary, given={**boundary.given, **given}))
 
 
 def recipe_of(trace: SegmentTrace, mode: str, boundary: Layouts,

@@ -16,10 +16,11 @@ from dataclasses import replace
 
 from mipipe.graphs.operator_graph import DTYPE_BYTES, SegmentTrace
 from mipipe.graphs.operators.expert_kernels import ROUTE
-from mipipe.graphs.sharding.assign import Assignment, Layouts, assign, specs_of
+from mipipe.graphs.sharding.assign import Assignment, Layouts, assign
 from mipipe.graphs.sharding.blocks import blocks_of
 from mipipe.graphs.sharding.parts import Part, divided, fits, units
 from mipipe.graphs.sharding.refine import refine
+from mipipe.graphs.sharding.steps import specs_of
 
 _LEAST_INTENSITY = 0.25
 """Flops saved for each element sent, over the width of the activations, from which on dividing pays. The layouts above
@@ -64,7 +65,7 @@ class _Search:
         """The assignment with these divisions beside those settled."""
         self.trials -= 1
         made = replace(self.layouts, given={**self.layouts.given, **self.parts, **more})
-        return assign(self.trace, refine(self.trace, made) if self.shrinks else made, self.specs)
+        return refine(self.trace, made)[1] if self.shrinks else assign(self.trace, made)
 
     def options(self, name: str) -> Iterator[tuple[Part, Assignment]]:
         """The divisions of a parameter that gather nothing more, with what they lead to, while there is time."""
@@ -138,13 +139,13 @@ def _tables(trace: SegmentTrace) -> list[str]:
 
 def _read_by(trace: SegmentTrace, kinds: tuple[str, ...], place: int) -> list[str]:
     """Parameters that operators of some kinds have at an argument, through operators of one argument."""
-    sources = {op.name: op.inputs[0] for op in trace.operators if len(op.inputs) == 1}
+    makers = {op.name: op for op in trace.operators}
     found: dict[str, None] = {}
     for op in trace.operators:
         if op.kind in kinds and len(op.args) > place and isinstance(op.args[place], dict):
             name = op.args[place].get("ref", "")
-            while name in sources:
-                name = sources[name]
+            while name in makers and len(sources := makers[name].inputs) == 1:
+                name, = sources
             if name in trace.parameters:
                 found[name] = None
     return list(found)

@@ -13,6 +13,7 @@ from itertools import chain, combinations, count
 from mipipe.graphs.costs.products import ATTENTION
 from mipipe.graphs.operator_graph import DTYPE_BYTES
 from mipipe.planner.teams.bounds.of_degrees import bound_of, seconds_in_kernels
+from mipipe.planner.teams.bounds.windows import apart, table
 from mipipe.planner.teams.prices.degrees import Degrees, Recompute
 from mipipe.planner.teams.prices.pieces import ModelPieces, misfit, samples_misfit
 from mipipe.planner.teams.prices.pricing import Pricer
@@ -83,10 +84,15 @@ def variants(degrees: Degrees, global_batch: int, given: Mapping[str, int], micr
     """Degrees with every microbatch size, the smallest first: a list for each way in which copies share state. Only
     those that are ``wanted``."""
     sizes = [size for size in divisors(global_batch // degrees.copies) if microbatch in (None, size)]
-    for zero in (1, 2, 3) if degrees.copies * degrees.context > 1 else (1,):
-        if given.get("zero", zero) == zero:
-            made = [replace(degrees, microbatch=size, zero=zero) for size in sizes]
-            yield [each for each in made if wanted(each)]
+    for way in shared_ways(degrees, given):
+        made = [replace(way, microbatch=size) for size in sizes]
+        yield [each for each in made if wanted(each)]
+
+
+def shared_ways(degrees: Degrees, given: Mapping[str, int]) -> list[Degrees]:
+    """The ways in which copies may share state."""
+    return [replace(degrees, zero=zero) for zero in ((1, 2, 3) if degrees.copies * degrees.context > 1 else (1,))
+            if given.get("zero", zero) == zero]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,16 +123,19 @@ class DegreeSpace:
         self._pricer, self._batch, self._recomputation = pricer, global_batch, recomputation
         self.points: list[Point] = []
         self.combinations = 0
-        self._lines: dict[Degrees, list[list[Degrees]]] = {}
+        self._lines: dict[Degrees, dict[Degrees, list[int]]] = {}
         least = least_seconds(pricer) * global_batch / devices
 
-        def fits(degrees: Degrees) -> bool:
-            return samples_misfit(pricer.model, degrees) is None and wanted(degrees)
-
         for base in all_degrees(pricer.model, devices, global_batch, given):
-            lines = list(variants(base, global_batch, given, microbatch, fits))
-            self.combinations += sum(len(line) for line in lines)
-            lines = [made for line in lines if (made := _fitting(pricer, line))]
+            sizes = [size for size in divisors(global_batch // base.copies) if microbatch in (None, size)]
+            if samples_misfit(pricer.model, replace(base, microbatch=1)) is not None:  # some do not divide
+                sizes = [size for size in sizes if samples_misfit(pricer.model, replace(base, microbatch=size)) is None]
+            lines: dict[Degrees, list[int]] = {}
+            for way in shared_ways(base, given):
+                own = [size for size in sizes if wanted is anything or wanted(replace(way, microbatch=size))]
+                self.combinations += len(own)
+                if fitting := _fitting(pricer, way, own):
+                    lines[way] = fitting
             if lines:
                 self._lines[base] = lines
         self._unpriced = [Unpriced(base, None, least, least) for base in self._lines]
@@ -178,7 +187,7 @@ class DegreeSpace:
 
     def _sizes(self, base: Degrees) -> list[int]:
         """The microbatches of certain axes, the smallest first."""
-        return sorted({degrees.microbatch for line in self._lines[base] for degrees in line})
+        return sorted({size for line in self._lines[base].values() for size in line})
 
     def _looked_at(self, base: Degrees, size: int | None = None) -> Unpriced:
         sizes = [size] if size is not None else self._sizes(base)
@@ -190,20 +199,21 @@ class DegreeSpace:
         """The points of axes with one microbatch. A larger one keeps more: where one does not fit, those are not looked
         at that share state alike."""
         found = []
-        for number, line in enumerate(self._lines[base]):
-            for made in line:
-                if made.microbatch == size:
-                    bound = bound_of(self._pricer, made, self._batch, self._recomputation)
-                    if bound is None:
-                        self._lines[base][number] = [other for other in line if other.microbatch < size]
-                    else:
-                        found.append(Point(bound[0], made, *bound[1:]))
+        for way, line in self._lines[base].items():
+            if size in line:
+                made = replace(way, microbatch=size)
+                bound = bound_of(self._pricer, made, self._batch, self._recomputation)
+                if bound is None:
+                    self._lines[base][way] = [other for other in line if other < size]
+                else:
+                    found.append(Point(bound[0], made, *bound[1:]))
         return found
 
 
-def _fitting(pricer: Pricer, line: list[Degrees]) -> list[Degrees]:
-    """Those of a line, whose microbatches grow, that may fit by what all ranks hold together."""
-    return line[:bisect_left(line, True, key=lambda degrees: not roughly_fits(pricer, degrees))]
+def _fitting(pricer: Pricer, degrees: Degrees, sizes: list[int]) -> list[int]:
+    """The microbatches, the smallest first, that may fit by what all ranks hold together."""
+    return sizes[:bisect_left(sizes, True, key=lambda size: not roughly_fits(
+        pricer, replace(degrees, microbatch=size)))]
 
 
 def floor_of(pricer: Pricer, degrees: Degrees, global_batch: int,
@@ -216,10 +226,12 @@ def floor_of(pricer: Pricer, degrees: Degrees, global_batch: int,
         modes += [way for way in pricer.model.recompute if way == "latents" or (
             way == "selective" and pricer.model.graph.modes is not None)]
     plain = [replace(degrees, zero=1, recompute=mode, chunks=1) for mode in modes]
-    costs = list(zip(*(pricer.costs(each) for each in plain), strict=True))
-    kernels = sum(min(seconds_in_kernels(cost) for cost in piece) for piece in costs)
-    talk = sum(min(cost.f.total + cost.backward - seconds_in_kernels(cost) for cost in piece) for piece in costs)
-    update = sum(piece[0].optimizer for piece in costs)
+    costs = [pricer.costs(each) for each in plain]
+    each_once = apart(costs)
+    kernels = sum(table(each_once, seconds_in_kernels).min(axis=0).tolist())
+    talk = sum(table(each_once, lambda cost: cost.f.total + cost.backward - seconds_in_kernels(cost)).min(
+        axis=0).tolist())
+    update = sum(cost.optimizer for cost in costs[0])
     microbatches, most = global_batch // (degrees.copies * degrees.microbatch), global_batch // degrees.copies
     collectives = max(pricer.collectives(each) for each in plain)
     rounding = 1e-9 * (most * (collectives / degrees.ranks + 2) + 2)  # collectives and durations are whole nanoseconds

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from mipipe.graphs.errors import InputError, PlanError
 from mipipe.graphs.operator_graph import DTYPE_BYTES, OperatorGraph, Phase, Role, Segment, SegmentTrace
 from mipipe.graphs.operators.expert_kernels import ROUTE
-from mipipe.graphs.sharding.assign import specs_of
+from mipipe.graphs.sharding.steps import specs_of
 from mipipe.graphs.tracing.parameter_slices import parse_slice
 from mipipe.planner.plan import Plan
 from mipipe.planner.team import Team

@@ -1,6 +1,7 @@
 """No division can give a wrong result: small functions under random divisions of all they take and give."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from local_team import largest_error
 
 from mipipe.graphs.operator_graph import TensorSpec
 from mipipe.graphs.operators import kernels  # noqa: F401  (registers mipipe's operators)
-from mipipe.graphs.sharding.assign import Layouts, assign
+from mipipe.graphs.sharding.assign import Layouts, assign, no_scatter
 from mipipe.graphs.sharding.member import build_member
 from mipipe.graphs.sharding.parts import divided, fits
 from mipipe.graphs.sharding.refine import refine
@@ -131,10 +132,28 @@ def test_any_division_is_right(name, data):
     compare(name, data)
 
 
-def compare(name, data):
-    """Draw a division and run it."""
-    trace, size = traced(name), data.draw(st.sampled_from([2, 4]))
+@pytest.mark.parametrize("name", CASES)
+@settings(max_examples=6, deadline=None)
+@given(data=st.data())
+def test_what_is_kept_of_other_divisions_changes_none(name, data):
+    """Layouts that share what is known of operators divide as each does that knows nothing."""
+    trace = traced(name)
+    size, scatter = data.draw(st.sampled_from([2, 4])), data.draw(st.sampled_from([no_scatter, in_front]))
+    shared = Layouts(size, {}, scatter=scatter)
+    for _ in range(4):
+        given, wanted, _ = drawn(trace, size, data)
+        deferred = frozenset(data.draw(st.sets(st.sampled_from([item.name for item in trace.operators]), max_size=3)))
+        early = frozenset(grad for grad in trace.output_grads if grad in given and data.draw(st.booleans()))
+        made = replace(shared, given=given, wanted=wanted, deferred=deferred, early=early)
+        assert assign(trace, made) == assign(trace, replace(made, known={}))
 
+
+def in_front(shape):
+    return divided(0) if shape and shape[0] % 4 == 0 else None
+
+
+def drawn(trace, size, data):
+    """Divisions of what a trace is given, and of its results, with the names of all that it is given."""
     def part(shape):
         choices = [divided(dim, sections) for dim in range(len(shape)) for sections in (1, 2)
                    if fits(shape, divided(dim, sections), size)]
@@ -144,12 +163,19 @@ def compare(name, data):
     chosen = {key: part(trace.specs[key].shape) for key in names}
     results = [key for key in (*trace.outputs, *trace.input_grads) if key is not None]
     asked = {key: part(trace.specs[key].shape) for key in results}
-    layouts = Layouts(size, {key: found for key, found in chosen.items() if found is not None},
-                      {key: found for key, found in asked.items() if found is not None},
-                      lambda shape: divided(0) if shape and shape[0] % size == 0 and scatters else None)
+    return ({key: found for key, found in chosen.items() if found is not None},
+            {key: found for key, found in asked.items() if found is not None}, names)
+
+
+def compare(name, data):
+    """Draw a division and run it."""
+    trace, size = traced(name), data.draw(st.sampled_from([2, 4]))
+
+    given, wanted, names = drawn(trace, size, data)
     scatters = data.draw(st.booleans())
-    layouts = refine(trace, layouts)
-    assignment = assign(trace, layouts)
+    layouts = Layouts(size, given, wanted,
+                      lambda shape: divided(0) if shape and shape[0] % size == 0 and scatters else None)
+    layouts, assignment = refine(trace, layouts)
     program = build_member(trace, layouts, "team", assignment)
 
     generator = torch.Generator().manual_seed(3)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mipipe.planner.teams.bounds.windows import path_times, phase_table, table, windows_of
+from mipipe.planner.teams.bounds.windows import apart, path_times, phase_table, table, windows_of
 from mipipe.planner.teams.prices.degrees import Degrees, Recompute
 from mipipe.planner.teams.prices.piece_cost import PieceCost
 from mipipe.planner.teams.prices.pricing import Pricer
@@ -41,21 +41,22 @@ def bound_of(pricer: Pricer, degrees: Degrees, global_batch: int,
     its own time at least as the rule leaves of a pair's, so that share of the work stays, too.
     """
     of_mode = mode_costs(pricer, degrees, recomputation)
-    by_mode = list(of_mode.values())
+    costs = next(iter(of_mode.values()))
+    by_mode = apart(of_mode.values())
     microbatches = global_batch // (degrees.copies * degrees.microbatch)
     forward, inputs, weights = (phase_table(by_mode, name) for name in ("f", "i", "w"))
     kept, again = table(by_mode, lambda cost: cost.kept), table(by_mode, lambda cost: cost.again)
     read = table(by_mode, lambda cost: cost.late + cost.until_w)
     seconds = forward + inputs + weights
-    resident = sum(cost.resident for cost in by_mode[0])
+    resident = sum(cost.resident for cost in costs)
     usable = pricer.machine.usable_bytes
     room = degrees.ranks * usable - resident
-    largest = max(cost.resident for cost in by_mode[0]) + float((kept + again).min(axis=0).max())
+    largest = max(cost.resident for cost in costs) + float((kept + again).min(axis=0).max())
     if room < kept.min(axis=0).sum() or largest > usable:
         return None
     paths = path_times(pricer.model, forward.min(axis=0).tolist(), inputs.min(axis=0).tolist())
     windows = windows_of(pricer.model, of_mode, paths, degrees.ranks, microbatches, usable)
-    update = sum(cost.optimizer for cost in by_mode[0])
+    update = sum(cost.optimizer for cost in costs)
     fixed = 2 * pricer.machine.kind.achieved.action_ns * 1e-9 * microbatches + update
     areas = microbatches * (kept * paths.stay + np.minimum(kept, read) * weights) / room
     loads = microbatches * seconds / degrees.ranks
@@ -66,7 +67,7 @@ def bound_of(pricer: Pricer, degrees: Degrees, global_batch: int,
     rounding = 2e-9 * (microbatches + 1)  # a problem's durations are whole nanoseconds
     bound = float(mixed.max()) - rounding
     kernels = table(by_mode, seconds_in_kernels)
-    stays, most = _pairs(kernels, seconds - kernels, 3e-9 * pricer.machine.kind.achieved.action_ns * len(by_mode[0]))
+    stays, most = _pairs(kernels, seconds - kernels, 3e-9 * pricer.machine.kind.achieved.action_ns * len(costs))
     busy = max(float(kernels.min(axis=0).sum()), float((seconds - kernels).min(axis=0).sum()))
     floor = max(microbatches * busy + update, microbatches * busy + stays * update
                 + (1 - most) * (paths.first + paths.last) * degrees.ranks) / degrees.ranks - rounding
@@ -96,7 +97,8 @@ def packed(pricer: Pricer, degrees: Degrees, global_batch: int, recomputation: R
     the share ``stays`` of their time at least. The busiest rank of the best packing bounds both, and what the first
     forwards and the last backwards leave undone."""
     by_mode = mode_costs(pricer, degrees, recomputation)
-    forward, inputs = (phase_table(by_mode.values(), name).min(axis=0) for name in ("f", "i"))
+    costs = apart(by_mode.values())
+    forward, inputs = (phase_table(costs, name).min(axis=0) for name in ("f", "i"))
     paths = path_times(pricer.model, forward.tolist(), inputs.tolist())
     windows = windows_of(pricer.model, by_mode, paths, degrees.ranks,
                          global_batch // (degrees.copies * degrees.microbatch), pricer.machine.usable_bytes)

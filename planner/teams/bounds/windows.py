@@ -123,11 +123,12 @@ def windows_of(model: ModelPieces, by_mode: Mapping[Recompute, Sequence[PieceCos
     for number, piece in enumerate(model.pieces):
         counts[piece.kind] += 1
         place[piece.kind] = number
-    own = [[costs[number] for number in place] for costs in by_mode.values()]
+    of_kinds = [[costs[number] for number in place] for costs in by_mode.values()]
+    own = apart(of_kinds)
     f, i, w = (phase_table(own, name) for name in ("f", "i", "w"))
     kept, late = table(own, lambda cost: cost.kept), table(own, lambda cost: cost.late + cost.until_w)
     resident, update = table(own, lambda cost: cost.resident)[0], table(own, lambda cost: cost.optimizer)[0]
-    every = [cost for costs in own for cost in costs]
+    every = [cost for costs in of_kinds for cost in costs]
     rooms = np.array([memory - min(cost.forward_space for cost in every),
                       memory - min(replace(cost, late=0).while_running for cost in every)])
     grid = np.array([(first, last) for first in (np.nan, *SHARES) for last in (np.nan, *SHARES)])
@@ -143,17 +144,26 @@ def windows_of(model: ModelPieces, by_mode: Mapping[Recompute, Sequence[PieceCos
                    2e-9 * (microbatches + len(model.pieces) + 1))
 
 
-def table(by_mode: Iterable[Sequence[PieceCost]], read: Callable[[PieceCost], float]) -> np.ndarray:
-    """What is read of every cost: [modes, pieces]."""
-    rows = []
-    for costs in by_mode:  # equal pieces have one cost
+Apart = tuple[list[PieceCost], np.ndarray]
+"""The costs of pieces: each once (equal pieces have one cost), and which of them every piece has."""
+
+
+def apart(by_mode: Iterable[Sequence[PieceCost]]) -> list[Apart]:
+    """The costs of all pieces in every mode, each once."""
+    found = []
+    for costs in by_mode:
         known = {id(cost): cost for cost in costs}
-        values = {key: read(cost) for key, cost in known.items()}
-        rows.append([values[id(cost)] for cost in costs])
-    return np.array(rows, dtype=float)
+        places = {key: number for number, key in enumerate(known)}
+        found.append((list(known.values()), np.array([places[id(cost)] for cost in costs])))
+    return found
 
 
-def phase_table(by_mode: Iterable[Sequence[PieceCost]], name: Literal["f", "i", "w"]) -> np.ndarray:
+def table(by_mode: Iterable[Apart], read: Callable[[PieceCost], float]) -> np.ndarray:
+    """What is read of every cost: [modes, pieces]."""
+    return np.array([np.array([read(cost) for cost in costs], dtype=float)[places] for costs, places in by_mode])
+
+
+def phase_table(by_mode: Iterable[Apart], name: Literal["f", "i", "w"]) -> np.ndarray:
     """Seconds of a phase of every piece [modes, pieces]; 0 where there is none."""
     def seconds(cost: PieceCost) -> float:
         phase: PhaseCost | None = getattr(cost, name)

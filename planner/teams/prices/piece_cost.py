@@ -27,7 +27,7 @@ class PhaseCost:
     def plus(self, other: PhaseCost) -> PhaseCost:
         """Both, one after the other."""
         return PhaseCost(self.compute + other.compute, {axis: self.talk.get(axis, 0.0) + other.talk.get(axis, 0.0)
-                                                        for axis in {*self.talk, *other.talk}})
+                                                        for axis in {**self.talk, **other.talk}})
 
 
 @dataclass(frozen=True, slots=True)

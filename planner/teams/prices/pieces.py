@@ -68,17 +68,25 @@ class ModelPieces:
 
     def split(self, member: int, degrees: Degrees) -> tuple[TeamSplit, float]:
         """How a team divides the microbatch of a segment (by index) as captured, and the share of it that is left to
-        divide: in ``batch`` mode members have whole samples, of which the captured microbatch may have too few."""
-        mode = self.mode(member, degrees)
+        divide: in ``batch`` mode members have whole samples, of which the captured microbatch may have too few. The
+        division of experts is told of segments that have some."""
+        mode, expert = self.mode(member, degrees), degrees.expert if member in self.with_experts else 1
         if mode != "batch":
-            return TeamSplit(degrees.tensor, degrees.context, degrees.expert, mode == "sequence"), 1.0
+            return TeamSplit(degrees.tensor, degrees.context, expert, mode == "sequence"), 1.0
         members = math.gcd(degrees.tensor, self.sequences)
-        return TeamSplit(1, degrees.context, degrees.expert, batch=members), members / degrees.tensor
+        return TeamSplit(1, degrees.context, expert, batch=members), members / degrees.tensor
 
     @cached_property
     def has_experts(self) -> bool:
         """Whether any segment has banks of experts."""
         return any(segment.tags.role is Role.EXPERTS for segment in self.graph.segments)
+
+    @cached_property
+    def with_experts(self) -> frozenset[int]:
+        """The segments (by index) that experts are divided in: all others are the same however they are."""
+        banked = {trace.digest for trace in self.index.traces if any("grouped_mm" in op.kind for op in trace.operators)}
+        return frozenset(number for number, segment in enumerate(self.graph.segments)
+                         if segment.tags.role is Role.EXPERTS or segment.trace in banked)
 
     @cached_property
     def exchanges(self) -> bool:
@@ -95,6 +103,7 @@ class ModelPieces:
             return ()
         axes = [("context", degrees.context)] if context else []
         axes += [(mode, degrees.tensor)] if mode != "batch" else []
+        apart = apart and member in self.with_experts
         found = tuple(self._shares.of(trace, name, size, apart) for name, size in axes if size > 1)
         if len(found) > 1 and found[0].dims and (
                 self.graph.segments[member].tags.role is not Role.EMBEDDING or self._is_tied(member)):
@@ -148,6 +157,12 @@ class ModelPieces:
             if value.name in self.index.returns_grad:
                 found[home][1].update(others)
         return tuple((frozenset(readers), frozenset(graded)) for readers, graded in found)
+
+    @cached_property
+    def heads_and_banks(self) -> Mapping[str, tuple[tuple[int, int] | None, frozenset[int]]]:
+        """By the trace: `heads_of` it, and how many experts its banks have."""
+        return {trace.digest: (heads_of(trace), frozenset(
+            trace.specs[name].shape[0] for name in banks_of(trace, products_of(trace)))) for trace in self.graph.traces}
 
     @cached_property
     def tied(self) -> Mapping[str, tuple[int, ...]]:
@@ -276,7 +291,7 @@ def samples_misfit(model: ModelPieces, degrees: Degrees) -> str | None:
 
 
 def _member_misfit(model: ModelPieces, member: int, degrees: Degrees) -> str | None:
-    trace, heads = model.index.traces[member], heads_of(model.index.traces[member])
+    heads, banks = model.heads_and_banks[model.graph.segments[member].trace]
     name, mode = model.graph.segments[member].name, model.mode(member, degrees)
     if heads is not None and heads[0] % degrees.tensor and mode != "batch":
         fits = ", ".join(str(size) for size in range(1, heads[0] + 1) if heads[0] % size == 0)
@@ -285,7 +300,6 @@ def _member_misfit(model: ModelPieces, member: int, degrees: Degrees) -> str | N
         if mode == "batch" and not model.exchanges:
             return (f"expert={degrees.expert} divides the experts of {name} along the tensor axis, where --modes gives"
                     " their branch the mode batch; leave one of both out")
-        banks = {trace.specs[parameter].shape[0] for parameter in banks_of(trace, products_of(trace))}
         wrong = [size for size in banks if size % degrees.expert]
         if wrong:
             return f"expert={degrees.expert} does not divide the {wrong[0]} experts of {name}"

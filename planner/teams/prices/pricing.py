@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from mipipe.graphs.costs.collectives import collective_ns
@@ -25,15 +25,15 @@ from mipipe.graphs.costs.team_share import TeamShare
 from mipipe.graphs.costs.trace_facts import TraceFacts, trace_facts
 from mipipe.graphs.efficiency import phase_seconds
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.modes import Collective, ModeProfile
+from mipipe.graphs.modes import Collective, ModeProfile, PhaseWork
 from mipipe.graphs.operator_graph import Phase, Role
 from mipipe.planner.problems.from_layers import LayerTimes
 from mipipe.planner.teams.prices.between_modes import resharded, with_estimates
-from mipipe.planner.teams.prices.degrees import Degrees, Recompute
+from mipipe.planner.teams.prices.degrees import Degrees
 from mipipe.planner.teams.prices.machine import Machine
 from mipipe.planner.teams.prices.piece_cost import Axis, PhaseCost, PieceCost, as_measured
 from mipipe.planner.teams.prices.pieces import ModelPieces, SegmentGroup
-from mipipe.planner.teams.prices.resident import PieceWork, held_cost
+from mipipe.planner.teams.prices.resident import PieceStays, PieceWork, SegmentWork, held_cost
 from mipipe.planner.teams.prices.tied import TiedParameter, counted_once, tied_parameters
 
 
@@ -62,12 +62,17 @@ class Pricer:
                              f" ({len(model.layers)} layers, and what comes before and after); expected one for each")
         self.model, self.machine, self.measured = model, machine, measured
         self.origins: Counter[str] = Counter()
-        self._profiles: dict[tuple[str, object, bool], ModeProfile] = {}
-        self._costs: dict[tuple[int, Degrees, LayerTimes | None], PieceCost] = {}
-        self._works: dict[tuple[int, object, int, Recompute], PieceWork] = {}
+        self._counts = Counter(piece.kind for piece in model.pieces)
+        self._profiles: dict[tuple[object, ...], ModeProfile] = {}
+        self._costs: dict[tuple[object, ...], PieceCost] = {}
+        self._works: dict[tuple[object, ...], PieceWork] = {}
+        self._segments: dict[tuple[object, ...], SegmentWork] = {}
+        self._changed: dict[tuple[object, ...], tuple[dict[Phase, PhaseWork], dict[Phase, list[Collective]]]] = {}
         self._fanouts: dict[str, float] = {}
-        self._held: dict[tuple[int, object, Recompute, bool], int] = {}
-        self._footprints: dict[object, Footprint] = {}
+        self._stayed: dict[tuple[object, ...], PieceStays] = {}
+        self._held: dict[tuple[object, ...], int] = {}
+        self._footprints: dict[tuple[object, ...], Footprint] = {}
+        self._least: dict[tuple[object, ...], Footprint] = {}
         self._facts: dict[tuple[str, bool], TraceFacts] = {}
         self._tied: dict[Degrees, tuple[TiedParameter, ...]] = {}
 
@@ -98,23 +103,34 @@ class Pricer:
         return self._tied[key]
 
     def _kind(self, kind: int, degrees: Degrees, measured: LayerTimes | None = None) -> PieceCost:
-        key = kind, _without_ranks(degrees), measured
-        if key not in self._costs:
-            self._costs[key] = self._price(kind, degrees, measured)
-        return self._costs[key]
+        key = (kind, self._division(self.model.kinds[kind].members, degrees), degrees.copies, degrees.zero,
+               degrees.microbatch, degrees.recompute, measured)
+        found = self._costs.get(key)
+        if found is None:
+            found = self._costs[key] = self._price(kind, degrees, measured)
+        return found
+
+    def _division(self, members: Collection[int], degrees: Degrees) -> tuple[object, ...]:
+        """How a team divides the work of these segments (by index): how experts are divided is a part of that only
+        where they have some, or where profiles are traced for teams that divide none."""
+        apart = degrees.expert > 1 and (self.model.graph.modes is not None
+                                        or not self.model.with_experts.isdisjoint(members))
+        return (degrees.tensor, degrees.sequence, degrees.context, degrees.expert if apart else 1,
+                degrees.batch_branches)
 
     def profile(self, member: int, degrees: Degrees) -> ModeProfile:
         """The profile of a segment on a team of these degrees."""
         trace, role = self.model.trace(member, degrees.recompute), self.model.graph.segments[member].tags.role
         again, (split, left) = degrees.recompute == "selective", self.model.split(member, degrees)
-        key = trace.digest, (role, split, left), again
+        plain = degrees.context == degrees.expert == 1 and split.tensor * split.batch > 1 and left == 1 and not again
+        plain = plain and self.model.graph.modes is not None
+        key = trace.digest, role, split, left, again, plain
         if key in self._profiles:
             return self._profiles[key]
         fused, flash, cut = self.machine.kernels
         estimate = estimated_profile(trace, role, split, fused=fused, attention_again=again, flash=flash,
                                      cut=cut, facts=self.facts(member, degrees),
                                      shares=self.shares(member, degrees))
-        plain = degrees.context == degrees.expert == 1 and split.tensor * split.batch > 1 and left == 1 and not again
         modes = self.model.graph.modes
         found = modes.find(trace.digest, split.mode, degrees.tensor) if plain and modes is not None else None
         self.origins["traced" if found is not None else "estimated from shapes"] += 1
@@ -153,34 +169,45 @@ class Pricer:
 
     def footprint(self, degrees: Degrees) -> Footprint:
         """The footprint on a team of these degrees."""
-        if degrees.division not in self._footprints:
-            sums, kept = [0, 0, 0, 0], 0.0
+        key = self._division(self.model.with_experts, degrees)
+        if key not in self._footprints:
             plain = replace(degrees, recompute="none", microbatch=1)
-            ways = [plain, replace(plain, recompute="latents")] if self.model.latents else [plain]
-            counts = Counter(piece.kind for piece in self.model.pieces)
-            for number, piece in enumerate(self.model.kinds):
-                acts = False
-                for member in piece.members:
-                    held = self.profile(member, plain).resident
-                    trains = self.model.index.runs(member, Phase.W)
-                    sizes = (held.dense, held.experts, trains * held.trainable_dense, trains * held.trainable_experts)
-                    sums = [total + counts[number] * size for total, size in zip(sums, sizes, strict=True)]
-                    acts = acts or self.model.index.runs(member, Phase.I)
-                if acts and piece.layer is not None:
-                    left = self.model.split(piece.members[0], plain)[1]
-                    kept += counts[number] * min(
-                        self._inputs(piece.members[0], plain, 1 / self.model.sequences),
-                        *(left * sum(self.profile(member, way).kept.fi + self.profile(member, way).kept.fw
-                                     for member in piece.members) for way in ways))
-            for tied in self.tied(plain):
+            own = [self._footprint(number, plain) for number in range(len(self.model.kinds))]
+            dense, experts, trained, trained_experts = (
+                sum(self._counts[number] * size for number, size in enumerate(sizes)) for sizes in (
+                    [each.dense for each in own], [each.experts for each in own],
+                    [each.trained_dense for each in own], [each.trained_experts for each in own]))
+            for tied in self.tied(plain) if self.model.tied else ():
                 again = sum(tied.reads.values()) - 1
-                sums[0], sums[2] = sums[0] - again * tied.held, sums[2] - again * tied.trained
-            self._footprints[degrees.division] = Footprint(sums[0], sums[1], sums[2], sums[3], kept)
-        return self._footprints[degrees.division]
+                dense, trained = dense - again * tied.held, trained - again * tied.trained
+            self._footprints[key] = Footprint(dense, experts, trained, trained_experts, sum(
+                self._counts[number] * each.kept for number, each in enumerate(own)))
+        return self._footprints[key]
+
+    def _footprint(self, kind: int, degrees: Degrees) -> Footprint:
+        """That of one piece of a kind."""
+        piece = self.model.kinds[kind]
+        key = kind, self._division(piece.members, degrees)
+        if key in self._least:
+            return self._least[key]
+        ways = [degrees, replace(degrees, recompute="latents")] if self.model.latents else [degrees]
+        sums, kept, acts = [0, 0, 0, 0], 0.0, False
+        for member in piece.members:
+            held, trains = self.profile(member, degrees).resident, self.model.index.runs(member, Phase.W)
+            sums = [total + size for total, size in zip(sums, (
+                held.dense, held.experts, trains * held.trainable_dense, trains * held.trainable_experts), strict=True)]
+            acts = acts or self.model.index.runs(member, Phase.I)
+        if acts and piece.layer is not None:
+            left = self.model.split(piece.members[0], degrees)[1]
+            kept = min(self._inputs(piece.members[0], degrees, 1 / self.model.sequences),
+                       *(left * sum(self.profile(member, way).kept.fi + self.profile(member, way).kept.fw
+                                    for member in piece.members) for way in ways))
+        self._least[key] = Footprint(sums[0], sums[1], sums[2], sums[3], kept)
+        return self._least[key]
 
     def collectives(self, degrees: Degrees) -> int:
         """How many collectives all pieces wait for in a microbatch."""
-        return sum(self._work(piece.kind, degrees).collectives for piece in self.model.pieces)
+        return sum(times * self._work(kind, degrees).collectives for kind, times in self._counts.items())
 
     def _price(self, kind: int, degrees: Degrees, measured: LayerTimes | None) -> PieceCost:
         piece, work = self.model.kinds[kind], self._work(kind, degrees)
@@ -203,64 +230,93 @@ class Pricer:
     def _work(self, kind: int, degrees: Degrees) -> PieceWork:
         """What of a piece's cost is the same however state is shared and whether whole layers run again."""
         way = degrees.recompute if degrees.recompute != "full" else "none"
-        key = kind, degrees.division, degrees.microbatch, way
+        key = kind, self._division(self.model.kinds[kind].members, degrees), degrees.microbatch, way
         if key in self._works:
             return self._works[key]
-        piece, machine = self.model.kinds[kind], self.machine
-        whole = degrees.microbatch / self.model.sequences
-        count = whole * self.model.split(piece.members[0], degrees)[1]
+        stays, members = self._stays(kind, degrees), self.model.kinds[kind].members
+        count = degrees.microbatch / self.model.sequences * stays.left
         found: dict[Phase, PhaseCost] = {}
-        kept = until_w = late = dense = experts = trained = trained_experts = buffers = workspace = talks = 0
-        ahead = ahead_buffers = summed = 0
+        buffers = workspace = talks = ahead = ahead_buffers = 0
+        for member in members:
+            work = self._segment(member, degrees, count)
+            for phase, cost in work.phases.items():
+                found[phase] = found[phase].plus(cost) if phase in found else cost
+                buffers = max(buffers, work.largest[phase])
+                if phase is Phase.F:
+                    ahead, ahead_buffers = max(ahead, work.alive[phase]), max(ahead_buffers, work.largest[phase])
+                else:
+                    workspace = max(workspace, work.alive[phase])
+            talks += work.collectives
+        plain, again = (ahead_buffers + max(ahead, round(alive * count)) for alive in stays.alive)
+        self._works[key] = PieceWork(found, round(stays.kept * count), round(stays.late * count),
+                                     round(stays.until_w * count), stays.held, stays.trained, buffers, workspace, plain,
+                                     again, talks, stays.summed, stays.tables)
+        return self._works[key]
+
+    def _stays(self, kind: int, degrees: Degrees) -> PieceStays:
+        """What of a piece's work is the same for microbatches of any size."""
+        way = degrees.recompute if degrees.recompute != "full" else "none"
+        piece, index = self.model.kinds[kind], self.model.index
+        key = kind, self._division(piece.members, degrees), way
+        if key in self._stayed:
+            return self._stayed[key]
+        kept = until_w = late = dense = experts = trained = trained_experts = summed = 0
         tables = [0, 0, 0]
         for member in piece.members:
-            profile, fanout = self.profile(member, degrees), self.fanout(member)
-            phases, moved = resharded(self.model, member, profile, self.columns(member, degrees), degrees)
-            for phase, work in phases.items():
-                if self.model.index.runs(member, phase):
-                    seconds = phase_seconds(work, machine.kind.achieved, flops=machine.kind.peak(machine.dtype),
-                                            low=machine.low, low_flops=float(machine.peak),
-                                            bytes_per_s=float(machine.kind.bytes_per_s or 1),
-                                            launch_ns=machine.kind.launch_ns, count=count)
-                    if self.model.graph.segments[member].tags.role is Role.EXPERTS:
-                        seconds += machine.kind.achieved.expert_ns * 1e-9
-                    cost = PhaseCost(seconds, self._talk(work.collectives, degrees, count, fanout))
-                    cost = cost.plus(PhaseCost(0.0, self._talk(moved[phase], degrees, whole, 1.0)))
-                    found[phase] = found[phase].plus(cost) if phase in found else cost
-                    alive = round(work.workspace_bytes * count)
-                    largest = max((round(item.num_bytes * size) for size, items in (
-                        (count, work.collectives), (whole, moved[phase])) for item in items), default=0)
-                    buffers = max(buffers, largest)
-                    if phase is Phase.F:
-                        ahead, ahead_buffers = max(ahead, alive), max(ahead_buffers, largest)
-                    else:
-                        workspace = max(workspace, alive)
-                    talks += sum(item.count for item in (*work.collectives, *moved[phase]))
-            if self.model.index.runs(member, Phase.I) or self.model.index.runs(member, Phase.W):
+            profile = self.profile(member, degrees)
+            if index.runs(member, Phase.I) or index.runs(member, Phase.W):
                 kept += profile.kept.fi + profile.kept.fw
                 until_w, late = until_w + profile.kept.fw, late + profile.kept.iw
             dense, experts = dense + profile.resident.dense, experts + profile.resident.experts
             of_tables = self.tables(member, degrees)
             tables[0] += of_tables[0]
-            if self.model.index.runs(member, Phase.W):
+            if index.runs(member, Phase.W):
                 trained += profile.resident.trainable_dense
                 trained_experts += profile.resident.trainable_experts
                 tables[1] += of_tables[1]
                 if self.model.mode(member, degrees) == "batch":
                     summed, tables[2] = summed + profile.resident.trainable_dense, tables[2] + of_tables[1]
-        plain, again = (ahead_buffers + max(ahead, round(self._alive(piece, degrees, again) * count))
-                        for again in (False, True))
-        self._works[key] = PieceWork(found, round(kept * count), round(late * count), round(until_w * count),
-                                     (dense, experts), (trained, trained_experts), buffers, workspace, plain, again,
-                                     talks, summed, (tables[0], tables[1], tables[2]))
-        return self._works[key]
+        self._stayed[key] = PieceStays(
+            self.model.split(piece.members[0], degrees)[1], kept, late, until_w, (dense, experts),
+            (trained, trained_experts), summed, (tables[0], tables[1], tables[2]),
+            (self._alive(piece, degrees, False), self._alive(piece, degrees, True)))
+        return self._stayed[key]
+
+    def _segment(self, member: int, degrees: Degrees, count: float) -> SegmentWork:
+        """A segment's part of a piece's work; ``count``: captured microbatches that a member has."""
+        way = degrees.recompute if degrees.recompute != "full" else "none"
+        division = self._division((member,), degrees)
+        key = member, division, degrees.microbatch, way
+        found = self._segments.get(key)
+        if found is not None:
+            return found
+        if (member, division, way) not in self._changed:
+            self._changed[member, division, way] = resharded(
+                self.model, member, self.profile(member, degrees), self.columns(member, degrees), degrees)
+        machine, fanout, whole = self.machine, self.fanout(member), degrees.microbatch / self.model.sequences
+        found = self._segments[key] = SegmentWork()
+        phases, moved = self._changed[member, division, way]
+        for phase, work in phases.items():
+            if self.model.index.runs(member, phase):
+                seconds = phase_seconds(work, machine.kind.achieved, flops=machine.kind.peak(machine.dtype),
+                                        low=machine.low, low_flops=float(machine.peak),
+                                        bytes_per_s=float(machine.kind.bytes_per_s or 1),
+                                        launch_ns=machine.kind.launch_ns, count=count)
+                if self.model.graph.segments[member].tags.role is Role.EXPERTS:
+                    seconds += machine.kind.achieved.expert_ns * 1e-9
+                cost = PhaseCost(seconds, self._talk(work.collectives, degrees, count, fanout))
+                if moved[phase]:
+                    cost = cost.plus(PhaseCost(0.0, self._talk(moved[phase], degrees, whole, 1.0)))
+                found.phases[phase] = cost
+                found.alive[phase] = round(work.workspace_bytes * count)
+                found.largest[phase] = max((round(item.num_bytes * size) for size, items in (
+                    (count, work.collectives), (whole, moved[phase])) for item in items), default=0)
+                found.collectives += sum(item.count for item in (*work.collectives, *moved[phase]))
+        return found
 
     def _alive(self, piece: SegmentGroup, degrees: Degrees, again: bool) -> int:
         """Bytes that a piece's F has in memory at once, of a microbatch as captured, without what stays for the
         backward; ``again``: nothing does. Values between its segments are there until the last that reads them."""
-        key = piece.kind, degrees.division, degrees.recompute if not again else "none", again
-        if key in self._held:
-            return self._held[key]
         split = self.model.split(piece.members[0], degrees)[0]
         index, graph, place = self.model.index, self.model.graph, {at: n for n, at in enumerate(piece.members)}
         parts = split.samples_and_positions * (split.tensor if split.sequence else 1)
@@ -278,12 +334,14 @@ class Pricer:
             waiting = [(last, size) for last, size in waiting if last >= position]
             elsewhere = stays[position] | {name for name, value in zip(trace.outputs, segment.outputs, strict=True)
                                            if value in kept}
-            own = forward_alive(trace, segment.tags.role, split, self.facts(member, degrees), elsewhere,
-                                self.shares(member, degrees))
-            most = max(most, own + sum(size for _, size in waiting))
+            key = member, self._division((member,), degrees), degrees.recompute, again
+            if key not in self._held:
+                own_split = self.model.split(member, degrees)[0]
+                self._held[key] = forward_alive(trace, segment.tags.role, own_split, self.facts(member, degrees),
+                                                elsewhere, self.shares(member, degrees))
+            most = max(most, self._held[key] + sum(size for _, size in waiting))
             waiting += [(max((place.get(reader, len(place)) for reader in index.readers[value]), default=position),
                          -(-index.num_bytes[value] // parts)) for value in segment.outputs if value not in kept]
-        self._held[key] = most
         return most
 
     def _inputs(self, member: int, degrees: Degrees, count: float) -> int:

@@ -4,7 +4,7 @@ each other."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mipipe.graphs.costs.collectives import collective_ns
 from mipipe.graphs.modes import CollectiveKind
@@ -35,6 +35,34 @@ class PieceWork:
     collectives: int
     summed: int = 0
     tables: tuple[int, int, int] = (0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class PieceStays:
+    """What of a `PieceWork` is in proportion to the microbatch, or the same for all: bytes of a microbatch as captured,
+    of which the share ``left`` is still to divide among members; ``alive``: the most that F has in memory beside what
+    stays, and where nothing does."""
+
+    left: float
+    kept: int
+    late: int
+    until_w: int
+    held: tuple[int, int]
+    trained: tuple[int, int]
+    summed: int
+    tables: tuple[int, int, int]
+    alive: tuple[int, int]
+
+
+@dataclass(slots=True)
+class SegmentWork:
+    """One segment's part of a `PieceWork`: seconds of its phases, bytes alive in each of them beside arguments and
+    results, the largest tensor of a collective in each, and how many collectives it waits for."""
+
+    phases: dict[Phase, PhaseCost] = field(default_factory=dict)
+    alive: dict[Phase, int] = field(default_factory=dict)
+    largest: dict[Phase, int] = field(default_factory=dict)
+    collectives: int = 0
 
 
 def held_cost(machine: Machine, degrees: Degrees, work: PieceWork, phases: Mapping[Phase, PhaseCost],
