@@ -1,7 +1,7 @@
 """How one operator runs on a team: by the rule's choice that sends the least, as its arguments lie.
 
 What is chosen, and what follows for the tensors that the operator reads and makes, depends on these tensors alone. A
-`Steps` makes every such `Step` once, so that assignments of a trace that differ in a few tensors, as those that a
+`Steps` makes every such `OperatorStep` once, so that assignments of a trace that differ in a few tensors, as those that a
 search for a recipe tries, cost a look-up for all other operators.
 """
 
@@ -57,7 +57,7 @@ class State:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class LayoutChange:
     """A change of how a tensor lies: bytes it ``sent`` (an all-reduce counts twice), the state then, its collective
     and that one's bytes, if it has one, and bytes of it that put parts together."""
 
@@ -68,7 +68,7 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class OperatorStep:
     """What an operator does: how it runs, how that changes the tensors it reads, and how its (first) result lies.
 
     ``sent``, ``gathered``, ``flops``, ``collectives``: its part of an `Assignment`'s.
@@ -92,7 +92,7 @@ class Site:
     inputs: tuple[str, ...]
     of: str = ""
     place: int = 0
-    known: dict[tuple[object, ...], Step] = field(default_factory=dict)
+    known: dict[tuple[object, ...], OperatorStep] = field(default_factory=dict)
 
 
 def specs_of(trace: SegmentTrace) -> dict[str, TensorSpec]:
@@ -120,7 +120,7 @@ class Steps:
         self.trace, self.specs = trace, specs_of(trace)
         self._size, self._scatter, self._tokens = size, scatter, tokens
         self._states: dict[tuple[Part, frozenset[tuple[Part, bool]]], State] = {}
-        self._changes: dict[tuple[str, State, Part, Phase], Change | None] = {}
+        self._changes: dict[tuple[str, State, Part, Phase], LayoutChange | None] = {}
         self._zeros = {item.name for item in trace.operators if item.kind in _ZEROS}
         self._held = {*trace.parameters, *trace.buffers}
         self._grads, self._blocks = set(trace.parameter_grads), blocks_of(trace)
@@ -152,7 +152,7 @@ class Steps:
         """The state with this part that was changed so."""
         return self._states.setdefault((part, changed), State(part, changed))
 
-    def change(self, name: str, state: State, need: Part, phase: Phase) -> Change | None:
+    def change(self, name: str, state: State, need: Part, phase: Phase) -> LayoutChange | None:
         """What it takes to have a tensor as needed; None where it cannot be had so. What F gathered is gathered again
         in the backward, but W reads what I has gathered."""
         key = name, state, need, phase
@@ -160,11 +160,11 @@ class Steps:
             self._changes[key] = self._change(*key)
         return self._changes[key]
 
-    def _change(self, name: str, state: State, need: Part, phase: Phase) -> Change | None:
+    def _change(self, name: str, state: State, need: Part, phase: Phase) -> LayoutChange | None:
         part, size = state.part, self.specs[name].num_bytes
         made = need, phase is not Phase.F and part.kind is Kind.DIVIDED and need == WHOLE
         if part == need:
-            return Change(0.0, state, None, 0.0)
+            return LayoutChange(0.0, state, None, 0.0)
         bytes_sent = 0.0 if made in state.changed else sent(part, need, size)
         if bytes_sent is None:
             return None
@@ -173,9 +173,9 @@ class Steps:
         after = self.state(need, state.changed) if part.kind is Kind.PARTIAL else self.state(
             part, state.changed | {made})  # a sum is there as a sum no more
         gathered = bytes_sent if part.kind is Kind.DIVIDED and phase is not Phase.W else 0.0
-        return Change(bytes_sent, after, _sends(part, need, size, self._size) if bytes_sent else None, gathered)
+        return LayoutChange(bytes_sent, after, _sends(part, need, size, self._size) if bytes_sent else None, gathered)
 
-    def take(self, site: Site, states: Mapping[str, State], goal: Part | None, deferred: bool) -> Step:
+    def take(self, site: Site, states: Mapping[str, State], goal: Part | None, deferred: bool) -> OperatorStep:
         """The step of an operator whose arguments are in these states. ``goal``: how its result is wanted in the end,
         if known; ``deferred``: see `Layouts`.
 
@@ -189,7 +189,7 @@ class Steps:
             step = site.known[key] = self._step(site, states, goal, deferred)
         return step
 
-    def _step(self, site: Site, states: Mapping[str, State], goal: Part | None, deferred: bool) -> Step:
+    def _step(self, site: Site, states: Mapping[str, State], goal: Part | None, deferred: bool) -> OperatorStep:
         op = site.operator
         choice = self._cheapest(op, {name: states[name] for name in site.inputs}, goal, deferred)
         changes: list[tuple[str, State]] = []
@@ -204,7 +204,7 @@ class Steps:
             if found.collective is not None:
                 collectives.append((op.phase, *found.collective, name))
         collectives += [(op.phase, kind, size, op.name) for kind, size in choice.inside]
-        return Step(choice, tuple(changes), self.state(choice.gives[0]) if choice.gives else None, total + choice.sent,
+        return OperatorStep(choice, tuple(changes), self.state(choice.gives[0]) if choice.gives else None, total + choice.sent,
                     gathered, op.flops * choice.share, tuple(collectives))
 
     def _cheapest(self, op: Operator, states: Mapping[str, State], goal: Part | None, deferred: bool) -> Choice:

@@ -93,7 +93,7 @@ def _ranks(placement: Placement) -> dict[int, tuple[int, ...]]:
     return {g: route for stage, route in zip(placement.stages, placement.routes, strict=True) for g in stage.groups}
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from(["chain", "v", "two-way", "wave"]), st.sampled_from([2, 3]))
 def test_orders_of_rerouted_placements_are_paced_polished_and_proven(seed: int, shape: str, ranks: int) -> None:
     """No replicas are too odd for any activity that orders the placements it is given."""

@@ -54,7 +54,7 @@ def test_prices_are_those_of_a_new_pricer(name, request):
 def test_all_combinations_that_may_fit_are_points_or_unpriced(experts, wanted):
     """They are counted one by one, and none is lost that `roughly_fits`."""
     model = model_pieces(experts)
-    pricer = Pricer(model, machine(memory=4 * 10**7))
+    pricer = Pricer(model, machine(memory=2 * 10**7))
     space = DegreeSpace(pricer, 8, 32, {}, None, None, wanted)
     every = [each for base in all_degrees(model, 8, 32, {}) for line in variants(base, 32, {}, None, wanted)
              for each in line]
