@@ -1,8 +1,8 @@
 """How one operator runs on a team: by the rule's choice that sends the least, as its arguments lie.
 
 What is chosen, and what follows for the tensors that the operator reads and makes, depends on these tensors alone. A
-`Steps` makes every such `OperatorStep` once, so that assignments of a trace that differ in a few tensors, as those that a
-search for a recipe tries, cost a look-up for all other operators.
+`Steps` makes every such `OperatorStep` once, so that assignments of a trace that differ in a few tensors, as those that
+a search for a recipe tries, cost a look-up for all other operators.
 """
 
 from __future__ import annotations
@@ -204,8 +204,9 @@ class Steps:
             if found.collective is not None:
                 collectives.append((op.phase, *found.collective, name))
         collectives += [(op.phase, kind, size, op.name) for kind, size in choice.inside]
-        return OperatorStep(choice, tuple(changes), self.state(choice.gives[0]) if choice.gives else None, total + choice.sent,
-                    gathered, op.flops * choice.share, tuple(collectives))
+        made = self.state(choice.gives[0]) if choice.gives else None
+        return OperatorStep(choice, tuple(changes), made, total + choice.sent, gathered, op.flops * choice.share,
+                            tuple(collectives))
 
     def _cheapest(self, op: Operator, states: Mapping[str, State], goal: Part | None, deferred: bool) -> Choice:
         """The cheapest choice; among equal ones the one that leaves a member the least to do."""
