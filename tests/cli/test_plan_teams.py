@@ -290,7 +290,8 @@ def test_a_model_without_layers_is_one_piece(mipipe, tmp_path, monkeypatch, degr
     assert "has 2 stages, but the model has 0 layers" in mipipe(*asked, "--degrees", "ranks=2,copies=2").error
 
 
-@pytest.mark.parametrize("dtype", ["fp4", pytest.param("float8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp4", "float8"])
 def test_a_model_with_short_products_is_captured_again_for_its_plan(mipipe, graph, tmp_path, dtype):
     """The plan's microbatch is not that of the first capture; parameters keep the configuration's type."""
     ended = mipipe("plan", graph.parent, "--devices", 8, "--kind", "b200", "--global-batch", 32, "--seq", 32,

@@ -187,6 +187,7 @@ def late_peer():
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_who_does_not_come_to_an_opening_is_named(pool):
     text = pool.run(2, __file__, "late_peer")[0]
     assert text == "rank 0: opening the channel from rank 1: nothing for 1 s; the peer hangs or never starts its side"

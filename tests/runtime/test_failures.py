@@ -85,6 +85,7 @@ def hang_in_a_team(plan, graph, state, batch):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_member_that_hangs_is_named_within_the_timeout(pool):
     """The message has the rank and member, the instruction, the axis and the collective."""
     made = equal.case("llama")

@@ -89,7 +89,8 @@ def test_matrices_in_parts_take_the_steps_of_whole_ones(pool):
         assert torch.allclose(found, whole, rtol=1e-12, atol=1e-12), (kind, dimension, bank)
 
 
-@pytest.mark.parametrize("kind", ["reg", pytest.param("muon", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["reg", "muon"])
 def test_two_copies_of_two_ranks_with_shared_state_equal_one_process(pool, kind):
     """Embedding and head by AdamW, with torch's own arithmetic; matrices by REG or Muon, written out again here."""
     module, graph = copies.frozen_and_tied()

@@ -37,7 +37,8 @@ def said(pricer, degrees):
         return str(error)
 
 
-@pytest.mark.parametrize("name", ["experts", "traced", "latent", "llava"])
+@pytest.mark.parametrize("name", [
+    "experts", pytest.param("traced", marks=pytest.mark.slow), "latent", "llava"])
 def test_prices_are_those_of_a_new_pricer(name, request):
     """Of degrees in any order, with experts divided and not, in every mode of recomputation and way to share state."""
     graph = request.getfixturevalue("experts" if name == "traced" else name)

@@ -110,6 +110,7 @@ def test_ratios_ranks_and_bests_by_hand(tmp_path: Path) -> None:
     assert loss == pytest.approx(1 - (best.measured_tokens_s or 0) / max(row.measured_tokens_s or 0 for row in rows))
 
 
+@pytest.mark.slow
 def test_a_fit_finds_the_shares_that_made_its_rows(tmp_path: Path) -> None:
     """Steps predicted with another share of products and overhead are explained by these, not by the assumed ones."""
     changes = [{"id": str(size), "hidden": str(size), "layers": "4", "seq_len": "1024", "micro_batch": micro,

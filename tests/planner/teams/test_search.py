@@ -21,8 +21,8 @@ from mipipe.planner.teams.search import search_teams
 from mipipe.planner.teams.space import DegreeSpace, all_degrees, least_seconds, roughly_fits
 
 
-@pytest.mark.parametrize("memory", [
-    10**9, *(pytest.param(memory * 10**6, marks=pytest.mark.slow) for memory in (45, 28))])
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", [10**9, 45 * 10**6, 28 * 10**6])
 def test_searched_degrees_equal_those_of_trying_all(pieces, memory):
     """8 devices, 6 layers: the same degrees, and a step at most as long (a stage may run single layers again)."""
     pricer = Pricer(pieces, machine(memory))
