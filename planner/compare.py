@@ -144,7 +144,7 @@ def _planned_row(problem: PlanningProblem, options: PlanOptions, rows: Sequence[
         how = How((rung,), (rung,))
     else:
         return ComparisonRow(PLANNED, accounting, devices=problem.num_ranks, seconds=seconds,
-                             note=f"{result.termination.value}: {result.reason}")
+                             note=f"no plan was found: {result.reason}")
     tightest = max(results, key=lambda found: found.bound_ns or 0)
     lowest = tightest.bound_ns
     how = dataclasses.replace(how, bound="" if lowest is None else tightest.how.bound)

@@ -52,7 +52,7 @@ __all__ = ["Incumbent", "Progress", "SolveResult", "Termination", "plan"]
 
 
 class Termination(StrEnum):
-    """How a solve ended."""
+    """How a solve ended. ``INFEASIBLE``: nothing was found that fits; the reason says whether nothing could be."""
 
     OPTIMAL = "optimal"
     FEASIBLE = "feasible"

@@ -27,9 +27,10 @@ PROPOSER = "fitted stages"
 
 
 def fit(run: Run) -> None:
-    """Make a candidate of a placement that some order fits, if one is found in time; only of free placements."""
+    """Make a candidate of a placement that some order fits, if one is found in time; only of free placements, and not
+    without search."""
     problem, rng = run.problem, random.Random(run.options.seed)
-    if run.options.placement != "free" or problem.num_ranks < 2:
+    if run.options.placement != "free" or problem.num_ranks < 2 or not run.options.use_search:
         return
     moves = (drawn, elsewhere, toggled) if run.options.recompute else (drawn, elsewhere)
     at: Placement | None = None

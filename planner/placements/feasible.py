@@ -114,8 +114,8 @@ def why_infeasible(problem: PlanningProblem, name: str, admits: Admits | None = 
         lack = shortage(problem, placement)
         if lack is None:
             fullest = Shortage(0, ACTIVATIONS, 0, 0, placement.name)
-            return (f"no plan was found: at placement {placement.name} the saved tensors of one microbatch fit, but no"
-                    " order that was tried leaves room for the values in flight and workspaces beside them;"
+            return (f"at placement {placement.name} the saved tensors of one microbatch fit, but no order that was"
+                    " tried leaves room for the values in flight and workspaces beside them;"
                     f" {_remedy(problem, fullest, admits)}")
         found.append(lack)
     if not found:

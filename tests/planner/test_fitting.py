@@ -64,8 +64,10 @@ def test_a_solve_looks_for_it_unless_nothing_fits_at_all(monkeypatch: pytest.Mon
     assert asked == [AGAIN.name]
 
 
-def test_nothing_is_looked_for_at_a_shape_that_was_asked_for() -> None:
-    run = Run(TOGETHER, PlanOptions(time_limit_s=1000, placement="chain"))
+@pytest.mark.parametrize("options", [PlanOptions(time_limit_s=1000, placement="chain"),
+                                     PlanOptions(time_limit_s=1000, use_search=False)])
+def test_nothing_is_looked_for_at_a_shape_that_was_asked_for_or_without_search(options: PlanOptions) -> None:
+    run = Run(TOGETHER, options)
     fitting.fit(run)
     assert not run.candidates
 
