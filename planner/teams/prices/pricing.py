@@ -14,25 +14,22 @@ segment that reads it, as the runtime does (`mipipe.planner.teams.prices.between
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mipipe.graphs.costs.collectives import collective_ns
-from mipipe.graphs.costs.estimate_modes import estimated_profile, forward_alive
-from mipipe.graphs.costs.team_share import TeamShare
-from mipipe.graphs.costs.trace_facts import TraceFacts, trace_facts
 from mipipe.graphs.efficiency import phase_seconds
 from mipipe.graphs.errors import InputError
-from mipipe.graphs.modes import Collective, ModeProfile, PhaseWork
+from mipipe.graphs.modes import Collective, PhaseWork
 from mipipe.graphs.operator_graph import Phase, Role
 from mipipe.planner.problems.from_layers import LayerTimes
-from mipipe.planner.teams.prices.between_modes import resharded, with_estimates
+from mipipe.planner.teams.prices.between_modes import resharded
 from mipipe.planner.teams.prices.degrees import Degrees
 from mipipe.planner.teams.prices.machine import Machine
 from mipipe.planner.teams.prices.piece_cost import Axis, PhaseCost, PieceCost, as_measured
-from mipipe.planner.teams.prices.pieces import ModelPieces, SegmentGroup
+from mipipe.planner.teams.prices.pieces import ModelPieces
+from mipipe.planner.teams.prices.profiles import SegmentProfiles
 from mipipe.planner.teams.prices.resident import PieceStays, PieceWork, SegmentWork, held_cost
 from mipipe.planner.teams.prices.tied import TiedParameter, counted_once, tied_parameters
 
@@ -49,8 +46,8 @@ class Footprint:
     kept: float
 
 
-class Pricer:
-    """Prices pieces on a machine; profiles are kept between calls. ``origins`` counts where profiles came from.
+class Pricer(SegmentProfiles):
+    """Prices pieces on a machine.
 
     ``measured``: seconds of every piece's forward, backward and update where they were measured on one device (with the
     team's collectives in them): they take the place of the estimates.
@@ -60,20 +57,16 @@ class Pricer:
         if measured is not None and len(measured) != len(model.pieces):
             raise InputError(f"times of {len(measured)} layers, but the model has {len(model.pieces)} pieces"
                              f" ({len(model.layers)} layers, and what comes before and after); expected one for each")
-        self.model, self.machine, self.measured = model, machine, measured
-        self.origins: Counter[str] = Counter()
+        super().__init__(model, machine)
+        self.measured = measured
         self._counts = Counter(piece.kind for piece in model.pieces)
-        self._profiles: dict[tuple[object, ...], ModeProfile] = {}
         self._costs: dict[tuple[object, ...], PieceCost] = {}
         self._works: dict[tuple[object, ...], PieceWork] = {}
         self._segments: dict[tuple[object, ...], SegmentWork] = {}
         self._changed: dict[tuple[object, ...], tuple[dict[Phase, PhaseWork], dict[Phase, list[Collective]]]] = {}
-        self._fanouts: dict[str, float] = {}
         self._stayed: dict[tuple[object, ...], PieceStays] = {}
-        self._held: dict[tuple[object, ...], int] = {}
         self._footprints: dict[tuple[object, ...], Footprint] = {}
         self._least: dict[tuple[object, ...], Footprint] = {}
-        self._facts: dict[tuple[str, bool], TraceFacts] = {}
         self._tied: dict[Degrees, tuple[TiedParameter, ...]] = {}
 
     def on(self, machine: Machine, measured: Sequence[LayerTimes] | None = None) -> Pricer:
@@ -103,73 +96,16 @@ class Pricer:
         return self._tied[key]
 
     def _kind(self, kind: int, degrees: Degrees, measured: LayerTimes | None = None) -> PieceCost:
-        key = (kind, self._division(self.model.kinds[kind].members, degrees), degrees.copies, degrees.zero,
+        key = (kind, self.division(self.model.kinds[kind].members, degrees), degrees.copies, degrees.zero,
                degrees.microbatch, degrees.recompute, measured)
         found = self._costs.get(key)
         if found is None:
             found = self._costs[key] = self._price(kind, degrees, measured)
         return found
 
-    def _division(self, members: Collection[int], degrees: Degrees) -> tuple[object, ...]:
-        """How a team divides the work of these segments (by index): how experts are divided is a part of that only
-        where they have some, or where profiles are traced for teams that divide none."""
-        apart = degrees.expert > 1 and (self.model.graph.modes is not None
-                                        or not self.model.with_experts.isdisjoint(members))
-        return (degrees.tensor, degrees.sequence, degrees.context, degrees.expert if apart else 1,
-                degrees.batch_branches)
-
-    def profile(self, member: int, degrees: Degrees) -> ModeProfile:
-        """The profile of a segment on a team of these degrees."""
-        trace, role = self.model.trace(member, degrees.recompute), self.model.graph.segments[member].tags.role
-        again, (split, left) = degrees.recompute == "selective", self.model.split(member, degrees)
-        plain = degrees.context == degrees.expert == 1 and split.tensor * split.batch > 1 and left == 1 and not again
-        plain = plain and self.model.graph.modes is not None
-        key = trace.digest, role, split, left, again, plain
-        if key in self._profiles:
-            return self._profiles[key]
-        fused, flash, cut = self.machine.kernels
-        estimate = estimated_profile(trace, role, split, fused=fused, attention_again=again, flash=flash,
-                                     cut=cut, facts=self.facts(member, degrees),
-                                     shares=self.shares(member, degrees))
-        modes = self.model.graph.modes
-        found = modes.find(trace.digest, split.mode, degrees.tensor) if plain and modes is not None else None
-        self.origins["traced" if found is not None else "estimated from shapes"] += 1
-        if found is not None:
-            estimate = with_estimates(found, estimate, self.machine.fused)
-        self._profiles[key] = estimate
-        return estimate
-
-    def facts(self, member: int, degrees: Degrees) -> TraceFacts:
-        """What estimates know of a segment's trace where layers run again as these degrees say."""
-        trace, again = self.model.trace(member, degrees.recompute), degrees.recompute == "selective"
-        key, (fused, _, cut) = (trace.digest, again), self.machine.kernels
-        if key not in self._facts:
-            self._facts[key] = trace_facts(trace, fused=fused, attention_again=again, cut=cut)
-        return self._facts[key]
-
-    def shares(self, member: int, degrees: Degrees) -> tuple[TeamShare, ...]:
-        """What members of a team of these degrees have of a segment."""
-        return self.model.shares(member, degrees, not self.machine.whole_tables)
-
-    def tables(self, member: int, degrees: Degrees) -> tuple[int, int]:
-        """Bytes of a segment's parameters that the context axis divides, and of those that train, on one member."""
-        shares, trace = self.shares(member, degrees), self.model.index.traces[member]
-        held = trained = 0
-        for name, grad in zip(trace.parameters, trace.parameter_grads, strict=True):
-            if any(share.axis == "context" and name in share.dims for share in shares):
-                size = -(-trace.specs[name].num_bytes // math.prod(item.size for item in shares if name in item.dims))
-                held, trained = held + size, trained + (0 if grad is None else size)
-        return held, trained
-
-    def columns(self, member: int, degrees: Degrees) -> frozenset[str]:
-        """The products of a segment that members of the tensor axis share by columns."""
-        return frozenset(name for name, parameter in self.facts(member, degrees).products.items()
-                         for share in self.shares(member, degrees)
-                         if share.axis == "tensor" and parameter in share.dims and share.parts(name) > 1)
-
     def footprint(self, degrees: Degrees) -> Footprint:
         """The footprint on a team of these degrees."""
-        key = self._division(self.model.with_experts, degrees)
+        key = self.division(self.model.with_experts, degrees)
         if key not in self._footprints:
             plain = replace(degrees, recompute="none", microbatch=1)
             own = [self._footprint(number, plain) for number in range(len(self.model.kinds))]
@@ -187,7 +123,7 @@ class Pricer:
     def _footprint(self, kind: int, degrees: Degrees) -> Footprint:
         """That of one piece of a kind."""
         piece = self.model.kinds[kind]
-        key = kind, self._division(piece.members, degrees)
+        key = kind, self.division(piece.members, degrees)
         if key in self._least:
             return self._least[key]
         ways = [degrees, replace(degrees, recompute="latents")] if self.model.latents else [degrees]
@@ -230,7 +166,7 @@ class Pricer:
     def _work(self, kind: int, degrees: Degrees) -> PieceWork:
         """What of a piece's cost is the same however state is shared and whether whole layers run again."""
         way = degrees.recompute if degrees.recompute != "full" else "none"
-        key = kind, self._division(self.model.kinds[kind].members, degrees), degrees.microbatch, way
+        key = kind, self.division(self.model.kinds[kind].members, degrees), degrees.microbatch, way
         if key in self._works:
             return self._works[key]
         stays, members = self._stays(kind, degrees), self.model.kinds[kind].members
@@ -257,7 +193,7 @@ class Pricer:
         """What of a piece's work is the same for microbatches of any size."""
         way = degrees.recompute if degrees.recompute != "full" else "none"
         piece, index = self.model.kinds[kind], self.model.index
-        key = kind, self._division(piece.members, degrees), way
+        key = kind, self.division(piece.members, degrees), way
         if key in self._stayed:
             return self._stayed[key]
         kept = until_w = late = dense = experts = trained = trained_experts = summed = 0
@@ -279,13 +215,13 @@ class Pricer:
         self._stayed[key] = PieceStays(
             self.model.split(piece.members[0], degrees)[1], kept, late, until_w, (dense, experts),
             (trained, trained_experts), summed, (tables[0], tables[1], tables[2]),
-            (self._alive(piece, degrees, False), self._alive(piece, degrees, True)))
+            (self.alive(piece, degrees, False), self.alive(piece, degrees, True)))
         return self._stayed[key]
 
     def _segment(self, member: int, degrees: Degrees, count: float) -> SegmentWork:
         """A segment's part of a piece's work; ``count``: captured microbatches that a member has."""
         way = degrees.recompute if degrees.recompute != "full" else "none"
-        division = self._division((member,), degrees)
+        division = self.division((member,), degrees)
         key = member, division, degrees.microbatch, way
         found = self._segments.get(key)
         if found is not None:
@@ -314,36 +250,6 @@ class Pricer:
                 found.collectives += sum(item.count for item in (*work.collectives, *moved[phase]))
         return found
 
-    def _alive(self, piece: SegmentGroup, degrees: Degrees, again: bool) -> int:
-        """Bytes that a piece's F has in memory at once, of a microbatch as captured, without what stays for the
-        backward; ``again``: nothing does. Values between its segments are there until the last that reads them."""
-        split = self.model.split(piece.members[0], degrees)[0]
-        index, graph, place = self.model.index, self.model.graph, {at: n for n, at in enumerate(piece.members)}
-        parts = split.samples_and_positions * (split.tensor if split.sequence else 1)
-        stays: list[frozenset[str]] = []
-        kept: set[str] = set()
-        for member in piece.members:
-            acts = not again and (index.runs(member, Phase.I) or index.runs(member, Phase.W))
-            stays.append(self.facts(member, degrees).stays if acts else frozenset())
-            kept.update(value for name, value in zip(index.traces[member].inputs, graph.segments[member].inputs,
-                                                     strict=True) if name in stays[-1])
-        most = 0
-        waiting: list[tuple[int, int]] = []
-        for position, member in enumerate(piece.members):
-            trace, segment = self.model.trace(member, degrees.recompute), graph.segments[member]
-            waiting = [(last, size) for last, size in waiting if last >= position]
-            elsewhere = stays[position] | {name for name, value in zip(trace.outputs, segment.outputs, strict=True)
-                                           if value in kept}
-            key = member, self._division((member,), degrees), degrees.recompute, again
-            if key not in self._held:
-                own_split = self.model.split(member, degrees)[0]
-                self._held[key] = forward_alive(trace, segment.tags.role, own_split, self.facts(member, degrees),
-                                                elsewhere, self.shares(member, degrees))
-            most = max(most, self._held[key] + sum(size for _, size in waiting))
-            waiting += [(max((place.get(reader, len(place)) for reader in index.readers[value]), default=position),
-                         -(-index.num_bytes[value] // parts)) for value in segment.outputs if value not in kept]
-        return most
-
     def _inputs(self, member: int, degrees: Degrees, count: float) -> int:
         """Bytes of a piece's inputs on one member."""
         trace, found = self.model.index.traces[member], 0.0
@@ -355,17 +261,6 @@ class Pricer:
                 parts = self.model.parts_between(source if source >= 0 else member, degrees)
             found += trace.specs[name].num_bytes * count / parts
         return round(found)
-
-    def fanout(self, member: int) -> float:
-        """Experts per token of a segment with banks of experts; 1 for others."""
-        trace = self.model.index.traces[member]
-        if trace.digest in self._fanouts:
-            return self._fanouts[trace.digest]
-        rows = [item.outputs[0].shape[0] for item in trace.phase_operators(Phase.F) if "grouped_mm" in item.kind]
-        floats = [trace.specs[name].shape for name in trace.inputs if "float" in trace.specs[name].dtype]
-        tokens = max((math.prod(shape[:-1]) for shape in floats if shape), default=0)
-        self._fanouts[trace.digest] = max(1.0, rows[0] / tokens) if rows and tokens else 1.0
-        return self._fanouts[trace.digest]
 
     def _talk(self, collectives: Sequence[Collective], degrees: Degrees, count: float,
               fanout: float) -> dict[Axis, float]:
