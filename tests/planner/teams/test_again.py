@@ -20,7 +20,7 @@ from mipipe.planner.teams.options import TeamOptions
 from mipipe.planner.teams.prices.degrees import Degrees
 from mipipe.planner.teams.prices.pricing import Pricer
 
-QUICK = TeamOptions({}, 1, None, 4.0, order=False)
+QUICK = TeamOptions({}, 1, None, 30.0, order=False)
 
 
 @pytest.mark.parametrize("batch, links, used", [
@@ -30,7 +30,7 @@ def test_what_is_left_is_used_as_well_as_it_can_be(pieces, batch, links, used):
     """No degrees of any number of devices up to three are better: three copies of six sequences; as two do not divide
     by three, two copies beside an idle device; one device alone where links are slow."""
     pricer, given = Pricer(pieces, machine(inside=links)), {"context": 1, "zero": 1, "chunks": 1}
-    found = best_of_fewer(pricer, 3, batch, replace(QUICK, given=given, time_limit_s=40.0))
+    found = best_of_fewer(pricer, 3, batch, replace(QUICK, given=given))
     every = [item for count in range(1, 4) for item in everything(pricer, count, batch, given, 1)]
     assert found.seconds <= min(item.seconds for item in every) * 1.001
     assert found.degrees.devices == used and not found.shortage
@@ -72,7 +72,7 @@ def test_the_time_limit_is_one_for_all_that_is_tried(pieces, monkeypatch, given)
         patched.setattr("mipipe.planner.teams.again.search_teams", search)
         patched.setattr("mipipe.planner.teams.again.time.monotonic", lambda: clock[0])
         with pytest.raises(TimeUpError, match="no plan found for 1 to 64 devices and 8 sequences a step within 4 s"):
-            best_of_fewer(Pricer(pieces, machine()), 64, 8, replace(QUICK, given=given))
+            best_of_fewer(Pricer(pieces, machine()), 64, 8, replace(QUICK, given=given, time_limit_s=4.0))
     assert len(spent) > 2 and sum(spent) <= 4.0
     with pytest.raises(TimeUpError):
         best_of_fewer(Pricer(pieces, machine()), 3, 8, replace(QUICK, given=given, time_limit_s=1e-9))
