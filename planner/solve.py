@@ -159,6 +159,8 @@ def _ladder(run: Run) -> None:
     proven = not run.candidates and placement_rungs.nothing_fits(run)
     if not run.candidates and not proven:
         fitting.fit(run)
+        if not run.candidates:
+            exactly.rescue(run)
     if not run.candidates:
         raise InfeasibleError(why_infeasible(run.problem, run.options.placement,
                                              lambda changed: has_plan(changed, run.options), proven=proven))

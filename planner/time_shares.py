@@ -29,6 +29,8 @@ class TimeShares:
     """The same where there are several candidates already: the most promising came first."""
     until_fitted: float = 0.5
     """A placement that fits is looked for where no shape does, and nothing proves that none exists."""
+    until_rescued: float = 0.7
+    """The exact model of a small problem is asked for a plan where none was found."""
     until_moded: float = 0.4
     """Modes are chosen once there is a plan."""
     for_makespan: float = 0.25

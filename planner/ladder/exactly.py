@@ -17,8 +17,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mipipe.graphs.errors import InfeasibleError, InputError, ProblemError
+from mipipe.planner import clock
 from mipipe.planner.bounds.joined import without_joint_bytes
 from mipipe.planner.bounds.over_placements import Bound, problem_bound
+from mipipe.planner.ladder import order_rungs
 from mipipe.planner.ladder.admission import RESERVES
 from mipipe.planner.ladder.candidate import Candidate, candidate, judge, offer_judged
 from mipipe.planner.ladder.state import Run
@@ -76,6 +78,35 @@ def climb(run: Run, admit: Callable[[Run, Placement], Candidate | None]) -> None
                                    seed=run.options.seed, lower_ns=best.bound.ns)
         if shown.bound_ns > best.bound.ns:
             best.bound = Bound(shown.bound_ns, shown.what)
+
+
+def rescue(run: Run) -> None:
+    """Where nothing that was tried fits: a candidate from the exact model, if it is small enough for that.
+
+    Lists take memory for a microbatch's saved tensors all at once; an order may begin its backward before. What the
+    model proves is of one replica of each group, and is not taken.
+    """
+    try:
+        refuse(run.problem, run.options)
+    except (InputError, ProblemError):
+        return
+    problem = run.problem
+    for _ in range(RESERVES):
+        if run.past(SHARES.until_rescued):
+            return
+        left = SHARES.until_rescued * run.options.time_limit_s - run.seconds
+        try:
+            result = solve_exact(problem, time_limit_s=max(clock.LEAST_S, left), seed=run.options.seed)
+        except ProblemError:
+            return
+        excess = _take(run, result)
+        if result.outcome.termination is SolverStatus.INTERRUPTED:
+            raise KeyboardInterrupt
+        if not excess:
+            break
+        problem = _with_less(problem, excess)
+    for found in run.candidates:
+        order_rungs.seed(run, found)
 
 
 def refuse(problem: PlanningProblem, options: PlanOptions) -> None:

@@ -99,7 +99,7 @@ def published(run: Run) -> None:
         if found not in run.candidates:
             found.proposer = found.lineage
         if found not in run.candidates or not found.halved:  # half of the ranks cannot hold what is not symmetric
-            _seed(run, found)
+            seed(run, found)
         run.note(found, found.rung)
         if best is None or found.makespan_ns < best.makespan_ns:
             best = found
@@ -107,7 +107,7 @@ def published(run: Run) -> None:
         record(run, "published schedules", best, before, began)
 
 
-def _seed(run: Run, found: Candidate) -> None:
+def seed(run: Run, found: Candidate) -> None:
     """Enter a candidate that came with a schedule: the search starts there, on the whole placement. Where no search can
     (`_search_from`), the candidate keeps the one it has, if any."""
     assert found.best is not None

@@ -203,8 +203,7 @@ class Proposing:
         if proposal is None:
             proven = outcome.infeasible and pressure == 1.0 and single and not run.recomputes
             if proven:
-                light = without_joint_bytes(problem)
-                least = min(placement_bound(view(light, finest(light, known))).ns for known in self.known)
+                least = self._least_of_known()
                 run.raise_bound(Bound(min(run.makespan_ns, least), "placement MIP: nothing else can be shorter"))
             return not proven
         self.known.append(proposal.placement)
@@ -215,6 +214,16 @@ class Proposing:
             record_placing(run, "placement MIP", found.placement.name, before, began, outcome,
                            own=found.makespan_ns / problem.unit_ns, estimate=proposal.estimate_ns / problem.unit_ns)
         return True
+
+    def _least_of_known(self) -> int:
+        """The least bound of the placements that were looked at, joined in any way; of those that may fit."""
+        light, least = without_joint_bytes(self.run.problem), NEVER_NS
+        for known in self.known:
+            try:
+                least = min(least, placement_bound(view(light, finest(light, known))).ns)
+            except PlanError:  # it never fits
+                continue
+        return least
 
     def _candidate(self, proposed: Placement) -> Candidate | None:
         """The placement with its bound; None where it never fits."""

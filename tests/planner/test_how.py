@@ -117,7 +117,7 @@ def test_a_schedule_no_search_can_begin_at_is_kept() -> None:
     search = found.search = annealing.start(found.instance, first, 0, found.bound.ns)
     assert rungs.adopt(run, found, schedule, "windows MIP")
     assert found.best is not None and found.best.schedule is schedule and found.search is search
-    rungs._seed(run, found)
+    rungs.seed(run, found)
     assert found.search is search and run.candidates == [found]
 
 
