@@ -16,7 +16,7 @@ from mipipe.planner.ladder.candidate import Candidate, candidate
 from mipipe.planner.ladder.proposals import finest
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.placements.feasible import lacking_bytes
-from mipipe.planner.placements.moves import drawn, elsewhere, has_whole_units, toggled
+from mipipe.planner.placements.moves import drawn, elsewhere, toggled, unit_hosts
 from mipipe.planner.placements.shapes import keeps_single, propose_shapes
 from mipipe.planner.plan import Placement
 from mipipe.planner.sizes import NEVER_NS
@@ -36,11 +36,11 @@ def fit(run: Run) -> None:
     at: Placement | None = None
     lack, seen = NEVER_NS, set[tuple[object, ...]]()
     for shape in propose_shapes(problem, "free"):
-        start = finest(problem, shape)
-        start = start if has_whole_units(problem, start) else shape
         if run.past(SHARES.until_proposed) and at is not None:
             break
-        if keeps_single(problem, shape) and has_whole_units(problem, start):
+        apart = finest(problem, shape)
+        start = shape if unit_hosts(problem, apart) is None else apart  # groups that stay together are one stage
+        if keeps_single(problem, shape) and unit_hosts(problem, start) is not None:
             seen.add((start.stages, start.routes))
             least = lacking(run, start)
             if at is None or least < lack:

@@ -59,6 +59,17 @@ class Shortage:
 
 def shortage(problem: PlanningProblem, placement: Placement) -> Shortage | None:
     """The rank that lacks most at a placement; None where one microbatch at a time fits."""
+    worst = max(_of_ranks(problem, placement), key=lambda item: item.lacking_bytes)
+    return worst if worst.lacking_bytes > 0 else None
+
+
+def lacking_bytes(problem: PlanningProblem, placement: Placement) -> list[int]:
+    """What every rank lacks at a placement: 0 where one microbatch at a time fits it."""
+    return [max(0, item.lacking_bytes) for item in _of_ranks(problem, placement)]
+
+
+def _of_ranks(problem: PlanningProblem, placement: Placement) -> list[Shortage]:
+    """What every rank needs and has, by what binds it: weights and state, else one microbatch's activations."""
     held = resident_bytes(problem, placement)
     instance = build(view(problem, placement))
     found = []
@@ -69,17 +80,7 @@ def shortage(problem: PlanningProblem, placement: Placement) -> Shortage | None:
             found.append(Shortage(rank, WEIGHTS, held[rank], room, placement.name, beside))
         else:
             found.append(Shortage(rank, ACTIVATIONS, need, int(instance.cap[rank]), placement.name))
-    worst = max(found, key=lambda item: item.lacking_bytes)
-    return worst if worst.lacking_bytes > 0 else None
-
-
-def lacking_bytes(problem: PlanningProblem, placement: Placement) -> list[int]:
-    """What every rank lacks for its weights and state, and for one microbatch at a time beside them."""
-    held = resident_bytes(problem, placement)
-    instance = build(view(problem, placement))
-    needs, rooms = single_microbatch_bytes(instance).tolist(), instance.cap.tolist()
-    return [max(0, held[rank] - resident_room(problem, rank)) + max(0, need - max(0, room))
-            for rank, (need, room) in enumerate(zip(needs, rooms, strict=True))]
+    return found
 
 
 def single_microbatch_bytes(instance: Instance) -> np.ndarray:

@@ -88,21 +88,23 @@ class UnitHosts:
         return range(first, last)
 
 
-def has_whole_units(problem: PlanningProblem, placement: Placement) -> bool:
-    """Whether every stage is a run of consecutive whole units, as moves take it."""
+def unit_hosts(problem: PlanningProblem, placement: Placement) -> UnitHosts | None:
+    """A placement unit by unit; None where a stage is no run of consecutive whole units, as moves take it."""
     try:
-        UnitHosts(problem, placement)
+        return UnitHosts(problem, placement)
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def is_movable(problem: PlanningProblem, placement: Placement) -> bool:
     """Whether a placement has moves: every stage a run of whole units, at least two hosts."""
-    try:
-        return len(set(UnitHosts(problem, placement).hosts)) > 1
-    except ValueError:
-        return False
+    found = unit_hosts(problem, placement)
+    return found is not None and len(set(found.hosts)) > 1
+
+
+def moved_name(placement: Placement) -> str:
+    """The name of a placement that a move makes of another."""
+    return placement.name if placement.name.endswith(MOVED) else placement.name + MOVED
 
 
 def drawn(problem: PlanningProblem, placement: Placement, rng: random.Random) -> Placement | None:
@@ -117,9 +119,8 @@ def drawn(problem: PlanningProblem, placement: Placement, rng: random.Random) ->
 
 def neighbour(problem: PlanningProblem, placement: Placement, rng: random.Random) -> Placement | None:
     """A placement one random move away; None where the placement has no such moves."""
-    try:
-        found = UnitHosts(problem, placement)
-    except ValueError:
+    found = unit_hosts(problem, placement)
+    if found is None:
         return None
     size = len(found.blocks)
     if size < 2 or len(set(found.hosts)) < 2:
@@ -140,8 +141,7 @@ def neighbour(problem: PlanningProblem, placement: Placement, rng: random.Random
         found.give(one, there)
         if move == "exchange":
             found.give(two, here)
-    name = placement.name if placement.name.endswith(MOVED) else placement.name + MOVED
-    made = found.placement(name)
+    made = found.placement(moved_name(placement))
     return None if (made.stages, made.routes) == (placement.stages, placement.routes) else made
 
 
@@ -151,9 +151,8 @@ def rerouted(problem: PlanningProblem, placement: Placement, rng: random.Random)
 
     Replicas come and go with the microbatches they run; whether they fit is not looked at here.
     """
-    try:
-        found = UnitHosts(problem, placement)
-    except ValueError:
+    found = unit_hosts(problem, placement)
+    if found is None:
         return None
     unit = rng.randrange(len(found.blocks))
     _, route, again = found.hosts[unit]
@@ -167,7 +166,7 @@ def rerouted(problem: PlanningProblem, placement: Placement, rng: random.Random)
         changed[one] = rng.choice([rank for rank in range(problem.num_ranks) if rank != route[one]])
     for u in moved:
         found.give(u, (tuple(sorted(set(changed))), tuple(changed), again))
-    return found.placement(placement.name if placement.name.endswith(MOVED) else placement.name + MOVED)
+    return found.placement(moved_name(placement))
 
 
 def toggled(problem: PlanningProblem, placement: Placement, rng: random.Random) -> Placement | None:
@@ -178,18 +177,16 @@ def toggled(problem: PlanningProblem, placement: Placement, rng: random.Random) 
         return None
     stages = list(placement.stages)
     stages[chosen] = replace(stage, recompute=not stage.recompute)
-    name = placement.name if placement.name.endswith(MOVED) else placement.name + MOVED
-    return Placement(tuple(stages), placement.routes, name)
+    return Placement(tuple(stages), placement.routes, moved_name(placement))
 
 
 def elsewhere(problem: PlanningProblem, placement: Placement, rng: random.Random) -> Placement | None:
     """A placement in which one unit runs on one rank, whichever, for all microbatches; None where it does already."""
-    try:
-        found = UnitHosts(problem, placement)
-    except ValueError:
+    found = unit_hosts(problem, placement)
+    if found is None:
         return None
     unit, rank = rng.randrange(len(found.blocks)), rng.randrange(problem.num_ranks)
     if found.hosts[unit][0] == (rank,):
         return None
     found.give(unit, ((rank,), (rank,) * problem.num_microbatches, found.hosts[unit][2]))
-    return found.placement(placement.name if placement.name.endswith(MOVED) else placement.name + MOVED)
+    return found.placement(moved_name(placement))
