@@ -43,7 +43,7 @@ def divisors(value: int) -> tuple[int, ...]:
 
 def all_degrees(model: ModelPieces, devices: int, global_batch: int, given: Mapping[str, int]) -> Iterator[Degrees]:
     """Every combination of axes, and of encoders in ``batch`` mode, that divides what it must; ``given`` fixes some
-    axes. Chunks and recomputation are left to the master, microbatches and ``zero`` to `variants`."""
+    axes. Chunks and recomputation are left to the master, microbatches and ``zero`` to `DegreeSpace`."""
     experts = model.has_experts
     sequence_given = given.get("sequence")
     for tensor in divisors(devices):
@@ -79,18 +79,8 @@ def anything(degrees: Degrees) -> bool:
     return True
 
 
-def variants(degrees: Degrees, global_batch: int, given: Mapping[str, int], microbatch: int | None = None,
-             wanted: Callable[[Degrees], bool] = anything) -> Iterator[list[Degrees]]:
-    """Degrees with every microbatch size, the smallest first: a list for each way in which copies share state. Only
-    those that are ``wanted``."""
-    sizes = [size for size in divisors(global_batch // degrees.copies) if microbatch in (None, size)]
-    for way in shared_ways(degrees, given):
-        made = [replace(way, microbatch=size) for size in sizes]
-        yield [each for each in made if wanted(each)]
-
-
 def shared_ways(degrees: Degrees, given: Mapping[str, int]) -> list[Degrees]:
-    """The ways in which copies may share state."""
+    """The ways in which devices that hold the same may divide it."""
     return [replace(degrees, zero=zero) for zero in ((1, 2, 3) if degrees.copies * degrees.context > 1 else (1,))
             if given.get("zero", zero) == zero]
 

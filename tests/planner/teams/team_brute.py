@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import combinations, pairwise
 
@@ -11,8 +11,16 @@ from mipipe.planner.teams.orders import order_of
 from mipipe.planner.teams.prices.degrees import Degrees
 from mipipe.planner.teams.prices.pieces import samples_misfit
 from mipipe.planner.teams.prices.pricing import Pricer
-from mipipe.planner.teams.space import all_degrees, variants
+from mipipe.planner.teams.space import all_degrees, anything, divisors, shared_ways
 from mipipe.planner.teams.stages import overlap_rule
+
+
+def variants(degrees: Degrees, global_batch: int, given: Mapping[str, int], microbatch: int | None = None,
+             wanted: Callable[[Degrees], bool] = anything) -> Iterator[list[Degrees]]:
+    """Degrees with every microbatch size, the smallest first, that are wanted: a list for each way to divide state."""
+    sizes = [size for size in divisors(global_batch // degrees.copies) if microbatch in (None, size)]
+    for way in shared_ways(degrees, given):
+        yield [each for size in sizes if wanted(each := replace(way, microbatch=size))]
 
 
 def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:

@@ -7,6 +7,7 @@ import random
 from dataclasses import replace
 
 import pytest
+from team_brute import variants
 from team_config import CONFIG
 from team_machine import machine
 
@@ -16,7 +17,7 @@ from mipipe.graphs.sharding.modes import with_modes
 from mipipe.planner.teams.prices.degrees import Degrees
 from mipipe.planner.teams.prices.pieces import model_pieces
 from mipipe.planner.teams.prices.pricing import Pricer
-from mipipe.planner.teams.space import DegreeSpace, all_degrees, roughly_fits, variants
+from mipipe.planner.teams.space import DegreeSpace, all_degrees, roughly_fits
 
 EXPERTS = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 8, "head_dim": 32,
            "num_experts_per_tok": 2, "moe_intermediate_size": 344, "num_hidden_layers": 2, "mlp_only_layers": [0]}

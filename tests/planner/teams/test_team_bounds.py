@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from team_brute import variants
 from team_machine import machine
 
 from mipipe.graphs.errors import MipipeError
@@ -21,7 +22,7 @@ from mipipe.planner.teams.prices.machine import Machine
 from mipipe.planner.teams.prices.piece_cost import PhaseCost, PieceCost
 from mipipe.planner.teams.prices.pieces import ModelPieces, model_pieces
 from mipipe.planner.teams.prices.pricing import Pricer
-from mipipe.planner.teams.space import DegreeSpace, all_degrees, floor_of, least_seconds, roughly_fits, variants
+from mipipe.planner.teams.space import DegreeSpace, all_degrees, floor_of, least_seconds, roughly_fits
 from mipipe.planner.teams.waves import shapes_of, wave
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v", "v-half", "v-min", "dualpipe", "dualpipev")
