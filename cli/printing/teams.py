@@ -163,9 +163,6 @@ def not_executed(result: TeamResult) -> list[str]:
                      f" --expert-parallel {degrees.expert} runs it")
     elif shared == 1 and degrees.expert > 1:
         found.append("experts are added up over the team, with no exchange of tokens")
-    elif degrees.zero > 1 and degrees.expert > 1 and degrees.alike_experts > 1:
-        found.append("devices that hold the same experts divide the optimizer's state of these alone, so gradients"
-                     + (" and parameters" if degrees.zero > 2 else "") + " of experts take more memory than told here")
     elif shared > 1 and degrees.zero and degrees.expert == 1 and degrees.tensor > 1:
         found.append("members along the tensor axis do not divide the state of the experts that each of them has whole")
     return [f"`mipipe train` runs this plan, but {'; '.join(found)}"] if found and "refuses" not in found[0] else \

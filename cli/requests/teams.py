@@ -30,7 +30,7 @@ from mipipe.planner.problems.on_cluster import OptimizerChoice, graph_dtype
 from mipipe.planner.schedules import baseline_named
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
 from mipipe.planner.teams.options import TeamOptions
-from mipipe.planner.teams.outside import otherwise, outside
+from mipipe.planner.teams.outside import otherwise, outside, undivided
 from mipipe.planner.teams.prices.degrees import RECOMPUTE, Degrees, completed, parse_degrees
 from mipipe.planner.teams.prices.machine import Machine, check_machine
 from mipipe.planner.teams.prices.pieces import ModelPieces, indivisible_of, model_pieces
@@ -119,10 +119,10 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
             save(with_task(dataclasses.replace(result.plan, problem=problem),
                            TeamTask(machine, options, by_branch)), output)
     draw(result)
-    whole = indivisible_of(pricer.model, result.degrees)
+    whole = [*indivisible_of(pricer.model, result.degrees), *undivided(pricer, result.degrees)]
     beyond, other = outside(pricer, result.degrees), otherwise(pricer, result.degrees)
     if json_output:
-        emit(team_data(result) | {"outside": beyond, "priced_otherwise": other, "whole_on_every_member": list(whole)}
+        emit(team_data(result) | {"outside": beyond, "priced_otherwise": other, "whole_on_every_member": whole}
              | ({} if found is None else found.data(team_data)))
         return
     if note:

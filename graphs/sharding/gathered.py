@@ -5,9 +5,9 @@ These are the copies of a plan, and with a context axis its members in all copie
 With stage 3 an all-gather makes one whole before F reads it, and once more before the backward does, and a
 reduce-scatter leaves of its gradient the part that the device has. With stage 2 parameters are whole while a step
 runs, and of every microbatch's gradient the part stays; with stage 1 the trace is what it is, and the sum over
-microbatches is scattered. There the engine gathers what devices updated (`mipipe.runtime.engine.parts`). Of banks of
-experts that groups of devices share, each of the devices that hold the same experts, members and copies, has a part of
-all of these, as with stage 1, whatever the stage is.
+microbatches is scattered. There the engine gathers what devices updated (`mipipe.runtime.engine.parts`). Banks of
+experts that groups of devices share are divided alike by the devices that hold the same experts, members and copies:
+each has a part of every expert.
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ CONTEXT_COPIES = "context_copies"
 """The axis of a team's members along the context axis in all copies, those of one copy neighbours."""
 EXPERT_COPIES = "expert_copies"
 """The axis of the devices of a plan rank that hold the same experts."""
+ALIKE = frozenset({COPIES, CONTEXT_COPIES, EXPERT_COPIES})
+"""The axes along which devices hold the same and have a part each."""
 
 
 def gathered(member: MemberGraph, copies: int, zero: int = 3, apart: Collection[str] = (), expert_copies: int = 1,
              context: int = 1) -> MemberGraph:
     """The graph of a device that holds a part of every parameter whose first dimension divides; below stage 3
     (``zero``) of those that train. ``copies``: of the plan, with ``context`` members along that axis each. ``apart``:
-    parameters (canonical FQNs) that are held otherwise: banks, of whose experts each of ``expert_copies`` devices with
+    parameters (canonical FQNs) that others hold as well: banks, of whose experts each of ``expert_copies`` devices with
     the same ones holds a part along the second dimension."""
-    parts = _parts(member, copies, zero, apart, context)
+    parts = _parts(member, copies, zero, apart, context, expert_copies)
     alike = {fqn for fqn, part in parts.items() if part.axis == CONTEXT_COPIES}
     member = _summed_alike(member, alike, context)
     graph, sums = member.graph, dict(member.sums)
@@ -55,26 +57,24 @@ def gathered(member: MemberGraph, copies: int, zero: int = 3, apart: Collection[
         if key not in made:
             made[key] = _in_parts(trace, names, zero) if names else trace
         segments.append(replace(segment, trace=made[key].digest))
-    banks = {item.fqn: Division(EXPERT_COPIES, expert_copies, 1) for item in graph.parameters
-             if item.fqn in apart and item.trainable and expert_copies > 1
-             and fits(item.spec.shape, divided(1), expert_copies)}
-    last = {**parts, **banks}
-    divisions = {**member.divisions, **{fqn: (*member.divisions.get(fqn, ()), part) for fqn, part in last.items()}}
-    local = tuple(replace(item, spec=_part(item.spec, last[canonical[item.fqn]])) if canonical[item.fqn] in last
+    divisions = {**member.divisions, **{fqn: (*member.divisions.get(fqn, ()), part) for fqn, part in parts.items()}}
+    local = tuple(replace(item, spec=_part(item.spec, parts[canonical[item.fqn]])) if canonical[item.fqn] in parts
                   else item for item in graph.parameters)
     changed: OperatorGraph = replace(graph, segments=tuple(segments), parameters=local, modes=None,
                                      traces=tuple({trace.digest: trace for trace in made.values()}.values()))
     return MemberGraph(changed, divisions, {fqn: axes for fqn, axes in sums.items() if axes})
 
 
-def _parts(member: MemberGraph, copies: int, zero: int, apart: Collection[str], context: int) -> dict[str, Division]:
+def _parts(member: MemberGraph, copies: int, zero: int, apart: Collection[str], context: int,
+           expert_copies: int) -> dict[str, Division]:
     """How the devices that hold the same of a parameter divide it, by canonical FQN."""
     found = {}
     for item in member.graph.parameters:
         along = 1 if any(part.axis == CONTEXT for part in member.divisions.get(item.fqn, ())) else context
         part = Division(CONTEXT_COPIES if along > 1 else COPIES, along * copies, 0)
-        if not item.buffer and item.tied_to is None and item.fqn not in apart and (item.trainable or zero == 3) \
-                and part.size > 1 and item.spec.shape and fits(item.spec.shape, divided(0), part.size):
+        part = Division(EXPERT_COPIES, expert_copies, 1) if item.fqn in apart else part
+        if not item.buffer and item.tied_to is None and (item.trainable or zero == 3) \
+                and part.size > 1 and item.spec.shape and fits(item.spec.shape, divided(part.dim), part.size):
             found[item.fqn] = part
     return found
 
@@ -105,7 +105,7 @@ def _in_parts(trace: SegmentTrace, parts: Mapping[str, Division], zero: int) -> 
     """A trace whose gradients of these parameters leave in parts; with stage 3 the parameters come in parts, too."""
     whole = {name: f"{name}_whole" if zero == 3 else name for name in parts}
     gathers = [Operator(whole[name], "mipipe.all_gather.default", Phase.F,
-                        [{"ref": name}, 0, 1, part.size, part.axis], {}, (trace.specs[name],))
+                        [{"ref": name}, part.dim, 1, part.size, part.axis], {}, (trace.specs[name],))
                for name, part in parts.items() if zero == 3]
     operators = [replace(op, args=renamed(op.args, whole), kwargs=renamed(op.kwargs, whole))
                  for op in trace.operators]
@@ -118,7 +118,7 @@ def _in_parts(trace: SegmentTrace, parts: Mapping[str, Division], zero: int) -> 
             own, part = f"{grad}_part{place}", parts[name]
             grads[place], specs[own] = own, _part(trace.specs[name], part)
             operators.append(Operator(own, "mipipe.reduce_scatter.default", Phase.W,
-                                      [{"ref": grad}, 0, 1, part.size, part.axis], {}, (specs[own],)))
+                                      [{"ref": grad}, part.dim, 1, part.size, part.axis], {}, (specs[own],)))
     saved = tuple(replace(item, name=whole.get(item.name, item.name)) for item in trace.saved)
     forward = [op for op in operators if op.phase is Phase.F]
     later = [op for op in operators if op.phase is not Phase.F]

@@ -4,6 +4,7 @@ for each reason."""
 from __future__ import annotations
 
 from mipipe.graphs.efficiency import Evidence
+from mipipe.graphs.units import format_bytes
 from mipipe.planner.teams.prices.degrees import Degrees
 from mipipe.planner.teams.prices.pricing import Pricer
 
@@ -33,6 +34,15 @@ def otherwise(pricer: Pricer, degrees: Degrees) -> list[str]:
         return []
     return [f"a token crosses once to a host that has several of its {rows:g} experts, as DeepEP sends it; `mipipe"
             " train` sends a row for each of them"]
+
+
+def undivided(pricer: Pricer, degrees: Degrees) -> list[str]:
+    """What devices that hold the same do not divide though ``zero`` says so, where it is more than a hundredth."""
+    held, whole = pricer.left_whole(degrees)
+    if not degrees.zero or whole * 100 < held:
+        return []
+    return [f"{format_bytes(whole)} of {format_bytes(held)} of parameters, whose first dimension does not divide among"
+            f" the {degrees.alike} devices that hold the same; zero={degrees.zero} leaves them undivided"]
 
 
 def _sizes(pricer: Pricer, degrees: Degrees, known: Evidence) -> list[str]:

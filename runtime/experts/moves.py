@@ -8,7 +8,7 @@ slots, and returned to the others: bitwise the same on all of them and in every 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -188,15 +188,15 @@ class ReplicaSums:
         return parameter.grad
 
 
-def expert_squares(exchange: Exchange, weights: Weights, first_copies: bool) -> torch.Tensor:
-    """The squared 2-norm of the gradients of all local layers' experts, over the group; replicas count once, and where
-    not ``first_copies`` only what other copies of the same experts have no part of: [], float64."""
+def expert_squares(exchange: Exchange, weights: Weights, counts: Callable[[str], bool]) -> torch.Tensor:
+    """The squared 2-norm of the gradients of all local layers' experts, over the group; replicas count once, banks
+    where this device ``counts`` them: [], float64."""
     counted = []
     for number in exchange.local:
         first = exchange.firsts[number]
         for name in exchange.layers[number].banks:
             gradient = weights.parameters[name].grad
-            if gradient is not None and (first_copies or name in weights.parts):
+            if gradient is not None and counts(name):
                 counted.append(gradient if first is None else gradient[first])
     norms = torch._foreach_norm(counted) if counted else ()
     total = torch.stack([torch.zeros((), dtype=torch.float64, device=exchange.device),

@@ -124,6 +124,7 @@ def own_square(engine: Engine) -> torch.Tensor:
         torch.zeros((), dtype=torch.float64, device=engine.mesh.device)
     if engine.compiled.experts is not None:  # all of a group's: once in a copy where each is summed up, else once
         size, across, seat = engine.compiled.experts.size, engine.compiled.across, engine.mesh.seat
-        experts = expert_squares(engine.compiled.experts, engine.weights, not across or seat < size)
+        experts = expert_squares(engine.compiled.experts, engine.weights, lambda name: (
+            not across or seat < size or engine.compiled.apart(name)))  # of parts each device has its own
         total = total if (seat % size if across else engine.mesh.member) else total + experts
     return total

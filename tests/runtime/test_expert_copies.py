@@ -192,19 +192,21 @@ def train(plan, graph, state, config, saved=None):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("begun", [
-    Degrees(1, copies=4, expert=2), Degrees(tensor=2, sequence=True, copies=2, expert=2)], ids=Degrees.text)
+    Degrees(1, copies=4, expert=2), Degrees(tensor=2, sequence=True, copies=2, expert=2),
+    Degrees(1, copies=4, expert=2, zero=2), Degrees(1, copies=4, expert=2, zero=3)],
+    ids=lambda degrees: f"{degrees.text()},zero={degrees.zero}")
 def test_a_run_with_experts_over_copies_goes_on(pool, tmp_path, begun):
-    """ZeRO-1 as the plan says, clipped; saved after two steps with experts over two of four copies, or over the
+    """ZeRO as the plan says, clipped; saved after two steps with experts over two of four copies, or over the
     members of two teams, and resumed with them over all, whole, over two copies of two ranks, over members that divide
     the sequence, and over two teams in a pipeline: all losses, and the weights at the end, are those of one process
     that never stopped."""
     module, graph = ex.captured()
     alone, first, *others = (plan_of(graph, degrees, TURNS) for degrees in (
         Degrees(1), begun, Degrees(1, copies=4, expert=4), Degrees(1, copies=4, expert=1),
-        Degrees(2, copies=2, expert=2), Degrees(1, copies=4, expert=2), Degrees(context=2, copies=2, expert=2),
+        Degrees(2, copies=2, expert=2), Degrees(1, copies=4, expert=2, zero=3), Degrees(context=2, copies=2, expert=2),
         Degrees(2, tensor=2, sequence=True, expert=2)))
     state = ex.state_of(module)
-    assert zero_of(config_of(tmp_path, 2), first, graph) == 1
+    assert zero_of(config_of(tmp_path, 2), first, graph) == begun.zero
     calm, = pool.run(1, __file__, "train", alone, graph, state, config_of(tmp_path / "calm", STEPS + 1),
                      tmp_path / "whole")
     saved_by = pool.run(4, __file__, "train", first, graph, state, config_of(tmp_path / "kept", 2))

@@ -30,7 +30,7 @@ from mipipe.planner.teams.prices.machine import Machine
 from mipipe.planner.teams.prices.piece_cost import Axis, PhaseCost, PieceCost, as_measured
 from mipipe.planner.teams.prices.pieces import ModelPieces
 from mipipe.planner.teams.prices.profiles import SegmentProfiles
-from mipipe.planner.teams.prices.resident import PieceStays, PieceWork, SegmentWork, held_cost
+from mipipe.planner.teams.prices.resident import HeldLength, PieceStays, PieceWork, SegmentWork, held_cost
 from mipipe.planner.teams.prices.tied import TiedParameter, counted_once, tied_parameters
 
 
@@ -91,7 +91,7 @@ class Pricer(SegmentProfiles):
         key = _without_ranks(degrees)
         if key not in self._tied:
             self._tied[key] = tied_parameters(self.model, self.machine, degrees,
-                                              lambda member: self.profile(member, degrees).resident,
+                                              lambda member: self.profile(member, degrees),
                                               lambda member: self.tables(member, degrees))
         return self._tied[key]
 
@@ -186,7 +186,7 @@ class Pricer(SegmentProfiles):
         plain, again = (ahead_buffers + max(ahead, round(alive * count)) for alive in stays.alive)
         self._works[key] = PieceWork(found, round(stays.kept * count), round(stays.late * count),
                                      round(stays.until_w * count), stays.held, stays.trained, buffers, workspace, plain,
-                                     again, talks, stays.summed, stays.tables)
+                                     again, talks, stays.summed, stays.tables, stays.lengths)
         return self._works[key]
 
     def _stays(self, kind: int, degrees: Degrees) -> PieceStays:
@@ -197,13 +197,16 @@ class Pricer(SegmentProfiles):
         if key in self._stayed:
             return self._stayed[key]
         kept = until_w = late = dense = experts = trained = trained_experts = summed = 0
-        tables = [0, 0, 0]
+        tables, lengths = [0, 0, 0], dict[tuple[int, bool], list[int]]()
         for member in piece.members:
             profile = self.profile(member, degrees)
             if index.runs(member, Phase.I) or index.runs(member, Phase.W):
                 kept += profile.kept.fi + profile.kept.fw
                 until_w, late = until_w + profile.kept.fw, late + profile.kept.iw
             dense, experts = dense + profile.resident.dense, experts + profile.resident.experts
+            for item in self.lengths(member, degrees):
+                own = lengths.setdefault((item.length, item.experts), [0, 0, 0])
+                own[:] = own[0] + item.held, own[1] + item.trained, own[2] + item.summed
             of_tables = self.tables(member, degrees)
             tables[0] += of_tables[0]
             if index.runs(member, Phase.W):
@@ -215,6 +218,7 @@ class Pricer(SegmentProfiles):
         self._stayed[key] = PieceStays(
             self.model.split(piece.members[0], degrees)[1], kept, late, until_w, (dense, experts),
             (trained, trained_experts), summed, (tables[0], tables[1], tables[2]),
+            tuple(HeldLength(*key, *sizes) for key, sizes in lengths.items()),
             (self.alive(piece, degrees, False), self.alive(piece, degrees, True)))
         return self._stayed[key]
 

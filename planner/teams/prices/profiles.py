@@ -16,6 +16,7 @@ from mipipe.planner.teams.prices.between_modes import with_estimates
 from mipipe.planner.teams.prices.degrees import Degrees
 from mipipe.planner.teams.prices.machine import Machine
 from mipipe.planner.teams.prices.pieces import ModelPieces, SegmentGroup
+from mipipe.planner.teams.prices.resident import HeldLength, divided_length
 
 
 class SegmentProfiles:
@@ -80,6 +81,35 @@ class SegmentProfiles:
                 size = -(-trace.specs[name].num_bytes // math.prod(item.size for item in shares if name in item.dims))
                 held, trained = held + size, trained + (0 if grad is None else size)
         return held, trained
+
+    def lengths(self, member: int, degrees: Degrees) -> tuple[HeldLength, ...]:
+        """What of a segment's parameters devices that hold the same divide along dimensions of certain lengths; not
+        those that the context axis divides."""
+        trace, profile = self.model.trace(member, degrees.recompute), self.profile(member, degrees)
+        trains, batch = self.model.index.runs(member, Phase.W), self.model.mode(member, degrees) == "batch"
+        banks, sent = self.facts(member, degrees).banks, degrees.expert > 1 and self.model.exchanges
+        names = zip((*trace.parameters, *trace.buffers),
+                    (*trace.parameter_grads, *(None for _ in trace.buffers)), profile.parts, strict=True)
+        found: dict[tuple[int, bool], list[int]] = {}
+        for name, grad, part in names:
+            if part.axis == "context":
+                continue
+            spec, experts = trace.specs[name], name in banks
+            length = 0 if name in trace.buffers else divided_length(spec.shape, part, int(experts and sent))
+            size = -(-spec.num_bytes // part.degree)
+            trained = size if trains and grad is not None else 0
+            sizes = found.setdefault((length, experts), [0, 0, 0])
+            for place, more in enumerate((size, trained, trained if batch and not experts else 0)):
+                sizes[place] += more
+        return tuple(HeldLength(*key, *sizes) for key, sizes in found.items())
+
+    def left_whole(self, degrees: Degrees) -> tuple[int, int]:
+        """Bytes of parameters on a member of every rank together, and how many of them do not divide among the devices
+        that hold the same."""
+        held = [item for piece in self.model.pieces for member in piece.members
+                for item in self.lengths(member, degrees) if item.length]
+        whole = [item.held for item in held if item.length % (degrees.alike_experts if item.experts else degrees.alike)]
+        return sum(item.held for item in held), sum(whole)
 
     def columns(self, member: int, degrees: Degrees) -> frozenset[str]:
         """The products of a segment that members of the tensor axis share by columns."""

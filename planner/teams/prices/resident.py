@@ -3,15 +3,28 @@ each other."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mipipe.graphs.costs.collectives import collective_ns
-from mipipe.graphs.modes import CollectiveKind
+from mipipe.graphs.modes import CollectiveKind, ParameterPart
 from mipipe.graphs.operator_graph import DTYPE_BYTES, Phase
 from mipipe.planner.teams.prices.degrees import Degrees
 from mipipe.planner.teams.prices.machine import Machine
 from mipipe.planner.teams.prices.piece_cost import PhaseCost, PieceCost, phase_beside
+
+
+@dataclass(frozen=True, slots=True)
+class HeldLength:
+    """Bytes of a member's parameters of one ``length``: of the dimension along which devices that hold the same would
+    divide them (`mipipe.graphs.sharding.gathered`; 0: of what stays whole, buffers). Dense, or of experts: ``held``;
+    those that train; and those whose gradients are sums over the tensor axis."""
+
+    length: int
+    experts: bool
+    held: int
+    trained: int
+    summed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +33,7 @@ class PieceWork:
     (``held``; those that train), as `PieceCost` has them; what F needs beside what stays, and where nothing but its
     inputs does (``ahead_again``); how many collectives it waits for; bytes of dense parameters that train and whose
     gradients are sums over the tensor axis; and of dense ones that the context axis divides (``tables``; those that
-    train, and with such gradients)."""
+    train, and with such gradients). ``lengths``: what devices that hold the same may have to leave whole."""
 
     phases: dict[Phase, PhaseCost]
     kept: int
@@ -35,6 +48,7 @@ class PieceWork:
     collectives: int
     summed: int = 0
     tables: tuple[int, int, int] = (0, 0, 0)
+    lengths: tuple[HeldLength, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +65,7 @@ class PieceStays:
     trained: tuple[int, int]
     summed: int
     tables: tuple[int, int, int]
+    lengths: tuple[HeldLength, ...]
     alive: tuple[int, int]
 
 
@@ -65,27 +80,40 @@ class SegmentWork:
     collectives: int = 0
 
 
+def divided_length(shape: Sequence[int], part: ParameterPart, dim: int) -> int:
+    """The length of a dimension of a member's part of a parameter; 0 where there is no such dimension."""
+    if dim >= len(shape):
+        return 0
+    return shape[dim] // part.degree if part.dim == dim else shape[dim]
+
+
 def held_cost(machine: Machine, degrees: Degrees, work: PieceWork, phases: Mapping[Phase, PhaseCost],
               kept: tuple[int, int, int]) -> PieceCost:
     """The price of a piece whose phases take so long, and which keeps so much (the first bytes of `PieceCost`): with
     bytes that stay, what devices that hold the same do with them at the end of a step, and with ``zero`` 3 in every
-    microbatch."""
+    microbatch. What does not divide among these devices each has whole, whatever ``zero`` is."""
     found = dict(phases)
     size, summed_bytes, state_bytes = DTYPE_BYTES[machine.dtype], machine.gradient_bytes, machine.state_bytes
     (dense, experts), (trained, trained_experts), summed = work.held, work.trained, work.summed
-    classes = [(experts, trained_experts, degrees.alike_experts,
-                degrees.expert if degrees.expert > 1 else degrees.tensor, 1)]
     tables, trained_tables, summed_tables = work.tables
-    for held, trains, adds, alike, stride in (
-            (dense - tables, trained - trained_tables, summed - summed_tables, degrees.alike, degrees.tensor),
-            (tables, trained_tables, summed_tables, degrees.copies, degrees.team)):
-        classes += [(held - adds, trains - adds, alike, stride, 1), (adds, adds, alike, stride, degrees.tensor)]
+    classes = []
+    for held, trains, adds, alike, stride, lengths in (
+            (experts, trained_experts, 0, degrees.alike_experts,
+             degrees.expert if degrees.expert > 1 else degrees.tensor, [item for item in work.lengths if item.experts]),
+            (dense - tables, trained - trained_tables, summed - summed_tables, degrees.alike, degrees.tensor,
+             [item for item in work.lengths if not item.experts]),
+            (tables, trained_tables, summed_tables, degrees.copies, degrees.team, [])):
+        whole = [sum(sizes) for sizes in zip((0, 0, 0), *((item.held, item.trained, item.summed) for item in lengths
+                                                          if item.length % alike or not item.length), strict=True)]
+        for own, zero in (([held - whole[0], trains - whole[1], adds - whole[2]], degrees.zero), (whole, 0)):
+            classes += [(own[0] - own[2], own[1] - own[2], alike, stride, 1, zero),
+                        (own[2], own[2], alike, stride, degrees.tensor, zero)]
     weights = gradients = state = 0
     reduce = gather = touched = 0.0
     gathered = ahead = 0
-    for num_bytes, training, copies, stride, members in classes:
+    for num_bytes, training, copies, stride, members, zero in classes:
         parameters = training // size
-        shared = [copies if degrees.zero >= stage else 1 for stage in (1, 2, 3)]
+        shared = [copies if zero >= stage else 1 for stage in (1, 2, 3)]
         own_state = parameters * state_bytes // shared[0]
         weights += num_bytes // shared[2]
         gradients += parameters * summed_bytes // shared[1]
@@ -93,20 +121,20 @@ def held_cost(machine: Machine, degrees: Degrees, work: PieceWork, phases: Mappi
         touched += 2 * own_state + parameters * (summed_bytes + size) / shared[0]
         kinds = CollectiveKind
         spent = [collective_ns(machine.fabric, kind, amount, copies, stride) / 1e9 for kind, amount in (
-            (kinds.REDUCE_SCATTER if degrees.zero else kinds.ALL_REDUCE, parameters * summed_bytes),
-            (kinds.ALL_GATHER, training if degrees.zero else 0), (kinds.ALL_GATHER, num_bytes))]
+            (kinds.REDUCE_SCATTER if zero else kinds.ALL_REDUCE, parameters * summed_bytes),
+            (kinds.ALL_GATHER, training if zero else 0), (kinds.ALL_GATHER, num_bytes))]
         if members > 1:
-            over = members if degrees.zero > 1 else members * copies
+            over = members if zero > 1 else members * copies
             reduce += collective_ns(machine.fabric, kinds.ALL_REDUCE, parameters * summed_bytes // shared[1],
                                     over) / 1e9
-            spent[0] = spent[0] if degrees.zero > 1 else 0.0
-        if degrees.zero < 2:
+            spent[0] = spent[0] if zero > 1 else 0.0
+        if zero < 2:
             reduce += spent[0]
         elif parameters:
             last = Phase.W if Phase.W in found else Phase.I
             found[last] = phase_beside(found[last], spent[0])
             gathered += parameters * summed_bytes
-        if degrees.zero < 3:
+        if zero < 3:
             gather += spent[1]
             continue
         gathered, ahead = gathered + 2 * num_bytes, ahead + 2 * num_bytes

@@ -13,13 +13,13 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from mipipe.graphs.costs.collectives import collective_ns
-from mipipe.graphs.modes import CollectiveKind, Resident
+from mipipe.graphs.modes import CollectiveKind, ModeProfile
 from mipipe.graphs.operator_graph import DTYPE_BYTES, Phase
 from mipipe.planner.teams.prices.degrees import Degrees
 from mipipe.planner.teams.prices.machine import Machine
 from mipipe.planner.teams.prices.piece_cost import PhaseCost, PieceCost
 from mipipe.planner.teams.prices.pieces import ModelPieces
-from mipipe.planner.teams.prices.resident import PieceWork, held_cost
+from mipipe.planner.teams.prices.resident import HeldLength, PieceWork, divided_length, held_cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +54,11 @@ class TiedParameter:
 
 
 def tied_parameters(model: ModelPieces, machine: Machine, degrees: Degrees,
-                    resident: Callable[[int], Resident],
+                    profile: Callable[[int], ModeProfile],
                     tables: Callable[[int], tuple[int, int]]) -> tuple[TiedParameter, ...]:
     """The tied parameters of a model on a team of these degrees.
 
-    ``resident``: what of a segment (by index) stays on a member; its parameters are taken as divided alike.
+    ``profile``: that of a segment (by index); its parameters are taken as divided alike.
     ``tables``: bytes of it that the context axis divides.
     """
     found = []
@@ -68,12 +68,16 @@ def tied_parameters(model: ModelPieces, machine: Machine, degrees: Degrees,
         first = members[0]
         names = [name for name in model.graph.segments[first].parameters if not specs[name].buffer]
         whole = sum(specs[name].spec.num_bytes for name in names)
-        size = round(resident(first).dense * specs[fqn].spec.num_bytes / max(1, whole))
+        own, place = profile(first), next(place for place, name in enumerate(model.graph.segments[first].parameters)
+                                          if fqn in (name, specs[name].tied_to))
+        size = round(own.resident.dense * specs[fqn].spec.num_bytes / max(1, whole))
         trains = specs[fqn].trainable and any(model.index.runs(member, Phase.W) for member in members)
         trained = size if trains else 0
         table = tables(first)[0] > 0
         work = PieceWork({Phase.F: PhaseCost(), Phase.I: PhaseCost()}, 0, 0, 0, (size, 0), (trained, 0), 0, 0, 0, 0, 0,
-                         tables=(size, trained, 0) if table else (0, 0, 0))
+                         tables=(size, trained, 0) if table else (0, 0, 0), lengths=() if table else (
+                             HeldLength(divided_length(specs[fqn].spec.shape, own.parts[place], 0), False, size,
+                                        trained, 0),))
         cost = held_cost(machine, degrees, work, work.phases, (0, 0, 0))
         gradients = trained // DTYPE_BYTES[machine.dtype] * machine.gradient_bytes  # all, also where parts are kept
         alike, stride = (degrees.copies, degrees.team) if table else (degrees.alike, degrees.tensor)

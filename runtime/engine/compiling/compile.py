@@ -12,7 +12,7 @@ import torch.distributed as dist
 from mipipe.graphs.errors import PlanError
 from mipipe.graphs.operator_graph import OperatorGraph, Segment
 from mipipe.graphs.operators.expert_kernels import RETURN, ROUTE, SEND
-from mipipe.graphs.sharding.gathered import CONTEXT, CONTEXT_COPIES, COPIES, EXPERT_COPIES, gathered
+from mipipe.graphs.sharding.gathered import ALIKE, CONTEXT, CONTEXT_COPIES, COPIES, gathered
 from mipipe.graphs.sharding.team_graph import MemberGraph
 from mipipe.planner.actions import Stream
 from mipipe.planner.check import check_program
@@ -59,7 +59,7 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
     sharing = expert_degree(plan.team, graph, copies) if mesh is None else mesh.sharing
     alike = team.members * copies // sharing if sharing > 1 else 1
     zero = options.zero if max(copies * team.axes.get(CONTEXT, 1), alike) > 1 else 0
-    member = _in_parts(member_graph(team, graph), zero, team, copies, sharing, alike)
+    member = divided_alike(member_graph(team, graph), zero, team, copies, sharing, alike)
     whole, graph = graph, member.graph
     flow = gradient_flow(graph)
     stage_of = _stage_of_segments(plan, graph)
@@ -102,7 +102,7 @@ def compile_rank(plan: Plan, graph: OperatorGraph, source: WeightSource, program
                                      if options.compile and not phases.compiles(phases.trace(item), item.name)))
 
 
-def _in_parts(member: MemberGraph, zero: int, team: Team, copies: int, sharing: int, alike: int) -> MemberGraph:
+def divided_alike(member: MemberGraph, zero: int, team: Team, copies: int, sharing: int, alike: int) -> MemberGraph:
     """The graph of a device that divides (``zero``) what it has with others: of shared experts, with the ``alike``
     devices that have the same ones, over which, not over members, their gradients are sums."""
     shared = expert_layers(member.graph) if sharing > 1 else ()
@@ -113,14 +113,9 @@ def _in_parts(member: MemberGraph, zero: int, team: Team, copies: int, sharing: 
 
 
 def _own_parts(member: MemberGraph, mesh: Mesh, zero: int) -> dict[str, OwnPart]:
-    """The parameters of which this device updates a part that is gathered before a step: with ``zero`` 3 banks
-    alone."""
-    found = {}
-    for name, divisions in member.divisions.items():
-        last = divisions[-1]
-        if last.axis == EXPERT_COPIES or (last.axis in (COPIES, CONTEXT_COPIES) and zero < 3):
-            found[name] = OwnPart(last, mesh.place[last.axis], last.axis == EXPERT_COPIES or zero == 1)
-    return found
+    """The parameters of which this device updates a part that is gathered before a step: with ``zero`` 3 none."""
+    return {name: OwnPart(parts[-1], mesh.place[parts[-1].axis], zero == 1)
+            for name, parts in member.divisions.items() if parts[-1].axis in ALIKE and zero < 3}
 
 
 def _ones_of_loss(graph: OperatorGraph, device: torch.device) -> torch.Tensor:

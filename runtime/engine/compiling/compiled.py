@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mipipe.graphs.operator_graph import OperatorGraph
-from mipipe.graphs.sharding.gathered import CONTEXT, CONTEXT_COPIES, COPIES, EXPERT_COPIES
+from mipipe.graphs.sharding.gathered import ALIKE, CONTEXT, CONTEXT_COPIES, COPIES, EXPERT_COPIES
 from mipipe.graphs.sharding.team_graph import Division
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
@@ -57,13 +57,13 @@ class LocalRank:
     def reduction(self, name: str) -> Any:
         """The group that sums the gradients of a parameter; None where nobody else has a part of them."""
         if name in self.banks:
-            return self.mesh.expert_copies_group
+            return None if self.scattered(name) else self.mesh.expert_copies_group
         return self.mesh.reduction(self.holders[name], self.sums.get(name, ()), self.scattered(name))
 
     def apart(self, name: str) -> bool:
-        """Whether the copies of the plan, or members along the context axis in all of them, hold parts of a
-        parameter."""
-        return any(item.axis in (COPIES, CONTEXT_COPIES) for item in self.divisions.get(name, ()))
+        """Whether the devices that hold the same (copies of the plan, members along the context axis in all of them,
+        those with the same experts) hold parts of a parameter."""
+        return any(item.axis in ALIKE for item in self.divisions.get(name, ()))
 
     def scattered(self, name: str) -> bool:
         """Whether they do, and W's gradients are sums over them already, of which each has its part."""

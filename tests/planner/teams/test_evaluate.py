@@ -128,7 +128,7 @@ def test_forwards_have_a_workspace_of_their_own(pieces):
 
     plain, sharded = layer(), layer(zero=3)
     inner, rows = 512 * 688 * 2, 512 * 256 * 2
-    weights = 2 * (256 * (2 * 256 + 2 * 128 + 3 * 688) + 2 * 256) + 4 * 16  # and the frequencies of rotations
+    weights = 2 * (256 * (2 * 256 + 2 * 128 + 3 * 688) + 2 * 256)
     assert plain.forward_space == inner + rows  # what attention gives the MLP stays
     assert sharded.forward_space == plain.forward_space + 2 * weights
     assert layer(zero=2).forward_space == plain.forward_space < layer(zero=2).while_running

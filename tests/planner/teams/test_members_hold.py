@@ -12,15 +12,20 @@ from team_machine import machine
 
 from mipipe.graphs.capture.model import capture
 from mipipe.graphs.operator_graph import DTYPE_BYTES
-from mipipe.graphs.sharding.gathered import gathered
 from mipipe.planner.teams.as_team import team_of
+from mipipe.planner.teams.outside import undivided
 from mipipe.planner.teams.prices.degrees import Degrees
 from mipipe.planner.teams.prices.pieces import model_pieces
 from mipipe.planner.teams.prices.pricing import Pricer
+from mipipe.runtime.engine.compiling.compile import divided_alike
 from mipipe.runtime.engine.compiling.team import member_graph
+from mipipe.runtime.experts.layers import expert_layers
 
 DEGREES = [Degrees(tensor=4), Degrees(tensor=2, sequence=True, copies=2), Degrees(context=2), Degrees(context=4),
-           Degrees(context=2, copies=2), Degrees(tensor=2, context=2, copies=2), Degrees(copies=4)]
+           Degrees(context=2, copies=2), Degrees(tensor=2, context=2, copies=2), Degrees(copies=4), Degrees(copies=3),
+           Degrees(copies=24), Degrees(tensor=2, copies=5)]
+SENT = [Degrees(copies=4, expert=2), Degrees(copies=6, expert=2), Degrees(tensor=2, sequence=True, copies=6, expert=4),
+        Degrees(context=2, copies=4, expert=2)]
 FAMILIES = {
     "llama": {}, "tied": {"tie_word_embeddings": True}, "fewer keys": {"num_key_value_heads": 2},
     "fused": {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "pad_token_id": 0},
@@ -35,26 +40,35 @@ FAMILIES = {
 @pytest.fixture(scope="module", params=[pytest.param(name, marks=() if name in ("experts",) else pytest.mark.slow)
                                         for name in FAMILIES])
 def pieces(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": 2, **FAMILIES[request.param]}))
-    return model_pieces(capture(str(folder), seq=64, dtype="bfloat16", verify=False))
+    return pieces_of(request.param, tmp_path_factory.mktemp(request.param))
 
 
-@pytest.mark.parametrize("degrees", DEGREES, ids=Degrees.text)
-def test_plans_say_what_members_hold(pieces, degrees):
-    """For every stage of ZeRO, whatever the axes: copies and their members along the context axis share what they have
-    alike, copies the tables' parts, and each has a part of what its part of the experts, heads and columns is."""
-    graph = pieces.graph
-    member = member_graph(team_of(pieces, degrees, "h100"), graph)
+@pytest.fixture(scope="module")
+def sent(tmp_path_factory):
+    """A model whose tokens are sent to experts."""
+    return pieces_of("experts", tmp_path_factory.mktemp("sent"), expert_parallel=2)
+
+
+def pieces_of(family, folder, **options):
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": 2, **FAMILIES[family]}))
+    return model_pieces(capture(str(folder), seq=64, dtype="bfloat16", verify=False, **options))
+
+
+def check_held(pieces, degrees, banks=()):
+    """Weights, gradients and optimizer state, for every stage of ZeRO; ``banks``: parameters of which a device has the
+    rows of its experts."""
+    graph, team = pieces.graph, team_of(pieces, degrees, "h100")
+    member, alike = member_graph(team, graph), degrees.alike_experts if banks else 1
 
     def held(made, each=None):
         """Bytes of parameters; ``each``: so many of every element that trains."""
-        return sum(math.prod(item.spec.shape) * (each or DTYPE_BYTES[item.spec.dtype]) for item in made.graph.parameters
+        return sum(math.prod(item.spec.shape) // (degrees.expert if item.fqn in banks else 1)
+                   * (each or DTYPE_BYTES[item.spec.dtype]) for item in made.graph.parameters
                    if not item.buffer and item.tied_to is None and (item.trainable or each is None))
 
     buffers = sum(math.prod(item.spec.shape) * DTYPE_BYTES[item.spec.dtype] for item in graph.parameters if item.buffer)
     for zero in range(4):
-        shared = gathered(member, degrees.copies, zero, context=degrees.context) if zero else member
+        shared = divided_alike(member, zero, team, degrees.copies, degrees.expert if banks else 1, alike)
         costs = Pricer(pieces, machine()).costs(replace(degrees, zero=zero))
         told = [sum(getattr(cost, name) for cost in costs) for name in ("weights", "gradients", "state")]
         kept = [held(shared if zero == 3 else member),
@@ -62,3 +76,25 @@ def test_plans_say_what_members_hold(pieces, degrees):
                 held(shared, machine().state_bytes)]
         assert told[0] == pytest.approx(kept[0], abs=buffers * len(costs) + 64)
         assert told[1:] == pytest.approx(kept[1:], rel=5e-3)  # a float32 router counts as two of its elements
+
+
+@pytest.mark.parametrize("degrees", DEGREES, ids=Degrees.text)
+def test_plans_say_what_members_hold(pieces, degrees):
+    """Whatever the axes: copies and their members along the context axis share what they have alike, as far as it
+    divides among them, copies the tables' parts, and each has a part of what its part of the experts, heads and columns
+    is."""
+    check_held(pieces, degrees)
+
+
+@pytest.mark.parametrize("degrees", SENT, ids=Degrees.text)
+def test_plans_say_what_devices_with_the_same_experts_hold(sent, degrees):
+    """They divide what they have of these as others do, along the second dimension."""
+    check_held(sent, degrees, {bank for layer in expert_layers(sent.graph) for bank in layer.banks})
+
+
+def test_what_does_not_divide_is_told(pieces):
+    """24 devices that hold the same have most matrices of 256, 688 and 1,024 rows whole; four divide them all."""
+    told, = undivided(Pricer(pieces, machine()), Degrees(copies=24, zero=3))
+    assert "whose first dimension does not divide among the 24 devices that hold the same; zero=3 leaves" in told
+    assert not undivided(Pricer(pieces, machine()), Degrees(copies=4, zero=3))
+    assert not undivided(Pricer(pieces, machine()), Degrees(copies=24, zero=0))
