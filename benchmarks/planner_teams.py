@@ -14,7 +14,7 @@ import json
 import resource
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from predictions.build import Builder
@@ -57,7 +57,6 @@ def solve(run: Run, builder: Builder, limit: float, tell: Console) -> Row:
     assert run.build is not None
     published = builder.evaluate(run.build)
     pricer = builder.pricer(run.build)
-    pricer = pricer.on(replace(pricer.machine, whole_tables=False))  # as `mipipe train` runs it
     start = time.monotonic()
     with tell.status(run.name) as status:
         found = search_teams(pricer, run.build.devices, run.build.global_batch, TeamOptions(time_limit_s=limit),

@@ -34,7 +34,7 @@ class Builder:
         kind = kind or self.kinds[build.kind]
         fabric = fabric_of(uniform_cluster(kind, build.devices, build.per_host).topology)
         machine = Machine(kind, fabric, kind.memory_bytes or 0, build.dtype, build.low, build.fused, build.flash,
-                          build.cut, build.overlap, build.scatter, whole_tables=True)
+                          build.cut, build.overlap, build.scatter)
         key = build.model.source, str(build.model.overrides), build.seq
         if key not in self._models:
             options = {"seq": build.seq, "batch": 1, "dtype": "bfloat16", "overrides": build.model.overrides}

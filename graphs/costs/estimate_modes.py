@@ -200,9 +200,12 @@ class _Estimate:
                        max(1, min(wide, deep, round(rows / banks))))
 
     def phase_work(self, phase: Phase, made: _Work, talk: list[Collective], fused: bool) -> PhaseWork:
-        """A phase's work. Its workspace is the eager operators', divided where parameters are; that of fused kernels
-        stays on the chip, but for losses."""
-        parts = self.rows * math.prod(share.size for share in self.shares if share.dims or share.axis == "context")
+        """A phase's work. Its workspace is the eager operators', divided where parameters are, or the largest value
+        made; that of fused kernels stays on the chip, but for losses."""
+        results = {*self.trace.outputs, *self.trace.input_grads, *self.trace.parameter_grads}
+        most = max(((spec.num_bytes, item.name) for item in self.trace.phase_operators(phase)
+                    for spec in item.outputs[:1] if item.name not in results), default=(0, ""))[1]
+        parts = self.rows * math.prod(share.size for share in self.shares if share.dims or share.parts(most) > 1)
         alive = -(-self.trace.workspace_bytes.get(phase, 0) // parts) if self.role is Role.HEAD or not fused else 0
         return PhaseWork(sum(item.flops * item.count for item in made.products), round(made.moved), made.kernels,
                          alive, tuple(made.products), tuple(talk))

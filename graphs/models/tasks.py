@@ -52,7 +52,7 @@ class TaskLoss:
             return self._ctc(output.logits, inputs["labels"])
         labels, logits = inputs["labels"], output.logits.float() if output.logits.dtype in _HALF else output.logits
         if self.shift:
-            labels, logits = labels[:, 1:], logits[:, :-1]
+            labels = losses.shifted(labels)
         total = nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), reduction="sum")
         auxiliary = getattr(output, "aux_loss", None)
         if self.coefficient and isinstance(auxiliary, Tensor):

@@ -164,7 +164,7 @@ class RecipeLoss:
         if self.config.mask:
             mask = mask & (inputs["response_mask"] != 0)
             labels = torch.where(mask, labels, vocabulary.IGNORED)
-        labels, mask = (x[:, 1:] if self.shift else x for x in (labels, mask))
+        labels, mask = self._predicted(labels, vocabulary.IGNORED), self._predicted(mask, False)
         head = _Head.of(module, output, labels, self)
         other = None if frozen is None else _Head.of(getattr(module, REFERENCE), frozen, labels, self)
         total, share = self._terms(head, mask, inputs, other)
@@ -180,6 +180,10 @@ class RecipeLoss:
     def __call__(self, output: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         raise GraphError(f"loss {self.config.name}: needs the module beside its output; capture calls it so")
 
+    def _predicted(self, x: Tensor, last: float = 0.0) -> Tensor:
+        """What is given for each token, where it is predicted [B,T,..]; ``last``: where no token is."""
+        return normalised.shifted(x, last) if self.shift else x
+
     def _terms(self, head: _Head, mask: Tensor, inputs: Mapping[str, Tensor],
                other: _Head | None) -> tuple[Tensor, Tensor | float]:
         """The sum, and the microbatch's share in what it is divided by."""
@@ -194,7 +198,7 @@ class RecipeLoss:
         if name == "cross_entropy":
             return -log_probs.sum(), mask.sum()
         if name == "fuse":
-            ids, probs = (inputs[key][:, 1:] if self.shift else inputs[key] for key in ("fused_ids", "fused_probs"))
+            ids, probs = (self._predicted(inputs[key]) for key in ("fused_ids", "fused_probs"))
             return losses.fuse(log_probs, head.log_probs_of(ids), probs, mask, **values), mask.sum()
         if name == "rift":
             return losses.rift(log_probs, mask, inputs["rewards"], inputs["scales"], **values), float(self.rows)
@@ -204,7 +208,7 @@ class RecipeLoss:
         advantages, scales = inputs["advantages"], inputs["scales"]
         if name == "grpo":
             def by_token(key: str) -> Tensor | None:
-                return None if key not in inputs else inputs[key][:, 1:] if self.shift else inputs[key]
+                return None if key not in inputs else self._predicted(inputs[key])
 
             reference = by_token("reference_log_probs") if frozen is None else frozen
             old = by_token("old_log_probs")
@@ -228,8 +232,7 @@ class _Head:
     def of(cls, module: nn.Module, output: Any, labels: Tensor, loss: RecipeLoss) -> _Head:
         """The head of a model that gave ``output``; ``labels`` [B,T]."""
         found = output.logits
-        cut = found[:, :-1] if loss.shift else found
-        rows = cut.reshape(-1, cut.shape[-1])
+        rows = found.reshape(-1, found.shape[-1])
         if not loss.config.chunk:
             wide = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
             return cls(wide, labels, None, 0)

@@ -1,7 +1,7 @@
 """Parameters of which the devices that hold the same have a part each (Rajbhandari et al., "ZeRO", SC 2020).
 
-These are the copies of a plan, and with a context axis its members in all copies, but of what that axis divides already
-(tables). Each runs its segments on samples or positions of its own, so a trace stays what it is but for its parameters.
+These are the copies of a plan, and with a context axis its members in all copies. Each runs its segments on samples or
+positions of its own, so a trace stays what it is but for its parameters.
 With stage 3 an all-gather makes one whole before F reads it, and once more before the backward does, and a
 reduce-scatter leaves of its gradient the part that the device has. With stage 2 parameters are whole while a step
 runs, and of every microbatch's gradient the part stays; with stage 1 the trace is what it is, and the sum over
@@ -24,12 +24,11 @@ from mipipe.graphs.sharding.team_graph import Division, MemberGraph, with_shares
 CONTEXT = "context"
 """The axis of a team whose members hold the same parameters."""
 COPIES = "copies"
-"""The axis that copies of the plan are along."""
-CONTEXT_COPIES = "context_copies"
-"""The axis of a team's members along the context axis in all copies, those of one copy neighbours."""
+"""The axis of the devices that hold the same: copies of the plan, with a context axis its members in all of them, those
+of one copy neighbours."""
 EXPERT_COPIES = "expert_copies"
 """The axis of the devices of a plan rank that hold the same experts."""
-ALIKE = frozenset({COPIES, CONTEXT_COPIES, EXPERT_COPIES})
+ALIKE = frozenset({COPIES, EXPERT_COPIES})
 """The axes along which devices hold the same and have a part each."""
 
 
@@ -39,9 +38,9 @@ def gathered(member: MemberGraph, copies: int, zero: int = 3, apart: Collection[
     (``zero``) of those that train. ``copies``: of the plan, with ``context`` members along that axis each. ``apart``:
     parameters (canonical FQNs) that others hold as well: banks, of whose experts each of ``expert_copies`` devices with
     the same ones holds a part along the second dimension."""
-    parts = _parts(member, copies, zero, apart, context, expert_copies)
-    alike = {fqn for fqn, part in parts.items() if part.axis == CONTEXT_COPIES}
-    member = _summed_alike(member, alike, context)
+    parts = _parts(member, copies * context, zero, apart, expert_copies)
+    alike = {fqn for fqn, part in parts.items() if part.axis == COPIES}
+    member = _summed_alike(member, alike, context) if context > 1 else member
     graph, sums = member.graph, dict(member.sums)
     for fqn in alike & set(sums) if zero > 1 else ():  # a reduce-scatter sums over the context axis
         sums[fqn] = tuple(axis for axis in sums[fqn] if axis != CONTEXT)
@@ -65,14 +64,12 @@ def gathered(member: MemberGraph, copies: int, zero: int = 3, apart: Collection[
     return MemberGraph(changed, divisions, {fqn: axes for fqn, axes in sums.items() if axes})
 
 
-def _parts(member: MemberGraph, copies: int, zero: int, apart: Collection[str], context: int,
+def _parts(member: MemberGraph, copies: int, zero: int, apart: Collection[str],
            expert_copies: int) -> dict[str, Division]:
     """How the devices that hold the same of a parameter divide it, by canonical FQN."""
     found = {}
     for item in member.graph.parameters:
-        along = 1 if any(part.axis == CONTEXT for part in member.divisions.get(item.fqn, ())) else context
-        part = Division(CONTEXT_COPIES if along > 1 else COPIES, along * copies, 0)
-        part = Division(EXPERT_COPIES, expert_copies, 1) if item.fqn in apart else part
+        part = Division(EXPERT_COPIES, expert_copies, 1) if item.fqn in apart else Division(COPIES, copies, 0)
         if not item.buffer and item.tied_to is None and (item.trainable or zero == 3) \
                 and part.size > 1 and item.spec.shape and fits(item.spec.shape, divided(part.dim), part.size):
             found[item.fqn] = part

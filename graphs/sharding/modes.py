@@ -19,8 +19,9 @@ from mipipe.graphs.sharding.assign import Assignment, Layouts
 from mipipe.graphs.sharding.boundaries import Streams, boundary_parts, naming, segment_layouts
 from mipipe.graphs.sharding.member import build_member, has_dynamic_rows
 from mipipe.graphs.sharding.parts import PARTIAL, WHOLE, Kind, Part
-from mipipe.graphs.sharding.recipe import banks, expert_recipe, matrices, reads_vocabulary, tensor_recipe
+from mipipe.graphs.sharding.recipe import banks, expert_recipe, matrices, tensor_recipe
 from mipipe.graphs.sharding.refine import refine
+from mipipe.graphs.sharding.steps import specs_of
 
 AXES = {"tensor": "tensor", "sequence": "tensor", "batch": "batch", "expert": "expert", "context": "context"}
 """The axis of the team that a mode's collectives name."""
@@ -112,7 +113,7 @@ def mode_recipe(trace: SegmentTrace, mode: str, boundary: Layouts) -> dict[str, 
     given, wanted = ({name: part for name, part in parts.items() if part.routed}
                      for parts in (boundary.given, boundary.wanted))
     plain = Layouts(boundary.size, given, wanted, tokens=boundary.tokens)
-    if mode in ("tensor", "sequence") or (mode == "context" and reads_vocabulary(trace)):
+    if mode in ("tensor", "sequence"):
         return tensor_recipe(trace, plain)
     return expert_recipe(trace, plain) if mode == "expert" else {}
 
@@ -147,6 +148,15 @@ def reasons(trace: SegmentTrace, layouts: Layouts, assignment: Assignment, mode:
     elif mode in ("batch", "context"):
         if not any(part.kind is Kind.DIVIDED for part in (*layouts.given.values(), *layouts.wanted.values())):
             yield f"no tensor of its boundary divides by {size} members"
+        elif mode == "context":
+            specs = specs_of(trace)
+            for op in trace.phase_operators(Phase.F):
+                name = op.inputs[0] if op.kind == "aten.slice.Tensor" else ""
+                if name and assignment.choices[op.name].needs.get(name) == WHOLE != assignment.born[name]:
+                    dim = assignment.born[name].dim
+                    yield (f"{op.outputs[0].shape[dim]} of {specs[name].shape[dim]} positions do not divide by {size}"
+                           " members, so all are gathered; a loss that shifts labels, and cuts no rows off, needs none"
+                           " of it (mipipe.graphs.models.loss.shifted)")
     elif mode == "expert":
         for name in banks(trace):
             if name not in layouts.given:

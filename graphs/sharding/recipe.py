@@ -117,11 +117,6 @@ def expert_recipe(trace: SegmentTrace, layouts: Layouts) -> dict[str, Part]:
     return {name: divided(0) for name in banks(trace) if fits(trace.specs[name].shape, divided(0), layouts.size)}
 
 
-def reads_vocabulary(trace: SegmentTrace) -> bool:
-    """Whether a segment looks up a table or ends in a loss over classes."""
-    return bool(_tables(trace)) or any(op.kind == "aten.nll_loss_forward.default" for op in trace.operators)
-
-
 def banks(trace: SegmentTrace) -> list[str]:
     """The parameters that grouped products read, directly or as views."""
     return _read_by(trace, ("mipipe.grouped_mm.default",), 1)

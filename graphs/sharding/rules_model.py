@@ -11,11 +11,13 @@ from mipipe.graphs.sharding.rules_views import Rule
 
 
 def embedding(case: Case) -> Iterator[Choice | None]:
-    """``embedding(table, index)``: by the index, by the table's columns, or by its rows (parts of a sum)."""
+    """``embedding(table, index)``: by the index, also where that comes whole and the result is wanted in parts, by the
+    table's columns, or by its rows (parts of a sum)."""
     table, index = case.name(0), case.name(1)
     assert table is not None and index is not None
     last = len(case.out) - 1
-    for part in case.divisions(index):
+    wanted = [case.goal] if case.goal is not None and case.goal.kind is Kind.DIVIDED and case.goal.dim < last else []
+    for part in dict.fromkeys([*case.divisions(index), *wanted]):
         yield case.choice({table: WHOLE, index: part}, part)
     for part in case.divisions(table):
         if part.dim == 1:
@@ -76,6 +78,24 @@ def nll_loss_backward(case: Case) -> Iterator[Choice | None]:
         if part.dim == 1 and part.sections == 1:
             yield case.choice({grad: WHOLE, logp: part, target: WHOLE, **mean}, part,
                               program="nll_loss_classes_backward")
+
+
+def head_in_blocks(case: Case) -> Iterator[Choice | None]:
+    """A head that makes logits in blocks of the vocabulary (`mipipe.graphs.operators.vocabulary`): by rows; gradients
+    of its weights are sums over them."""
+    kind = case.op.kind.split(".")[1]
+    rows = [case.name(place) for place in _ROWS[kind]]
+    for part in case.divisions(*rows):
+        if part.dim == 0:
+            needs = {**dict.fromkeys(case.op.inputs, WHOLE), **dict.fromkeys(rows, part)}
+            made = PARTIAL if kind.endswith("_weight") else part
+            yield case.choice(needs, *(made,) * len(case.op.outputs), share=1.0 / case.size)
+
+
+_ROWS = {"label_log_probs": (0, 3), "teacher_distance": (0, 3),
+         **{f"label_log_probs_{made}": (0, 1, 4, 5) for made in ("input", "weight")},
+         **{f"teacher_distance_{made}": (0, 1, 4, 7, 8) for made in ("input", "weight")}}
+"""Which arguments have a row for each position."""
 
 
 def index(case: Case) -> Iterator[Choice | None]:
@@ -210,6 +230,7 @@ MODEL: dict[str, Rule] = {
     "aten.convolution.default": convolution, "aten.convolution_backward.default": convolution_backward,
     "mipipe.attention.default": attention, "mipipe.attention_backward.default": attention,
     "mipipe.sink_gradient.default": sink_gradient,
+    **{f"mipipe.{name}.default": head_in_blocks for name in _ROWS},
     **{f"aten.{name}.default": by_samples for name in (
         "avg_pool2d", "avg_pool2d_backward", "max_pool2d_with_indices", "max_pool2d_with_indices_backward",
         "_adaptive_avg_pool2d", "_adaptive_avg_pool2d_backward", "upsample_bicubic2d", "upsample_bilinear2d",

@@ -243,8 +243,7 @@ def bubble_of(pricer: Pricer, degrees: Degrees, global_batch: int) -> float:
 
 
 def roughly_fits(pricer: Pricer, degrees: Degrees) -> bool:
-    """Whether what stays, and what one microbatch keeps with all layers run again, may fit all ranks together: tables
-    that the context axis divides count as if ``zero`` divided them over it once more."""
+    """Whether what stays, and what one microbatch keeps with all layers run again, may fit all ranks together."""
     held = pricer.footprint(degrees)
     machine = pricer.machine
     size = DTYPE_BYTES[machine.dtype]

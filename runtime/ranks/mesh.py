@@ -26,7 +26,7 @@ import torch.distributed as dist
 import torch.distributed.nn
 
 from mipipe.graphs.errors import RunError
-from mipipe.graphs.sharding.gathered import CONTEXT, CONTEXT_COPIES, COPIES, EXPERT_COPIES
+from mipipe.graphs.sharding.gathered import CONTEXT, COPIES, EXPERT_COPIES
 from mipipe.graphs.topology import Topology
 from mipipe.planner.device_memory import CHANNEL_BLOCKS, GROUP_BLOCKS
 from mipipe.planner.program import Program
@@ -96,15 +96,15 @@ class Mesh:
     def place(self) -> dict[str, int]:
         """Where this process is along every axis of its team, and among the devices that hold the same (`alike`)."""
         where = self.team.coordinates(self.member)
-        return {**where, COPIES: self.copy, EXPERT_COPIES: self.seat // self.sharing,
-                CONTEXT_COPIES: self.copy * self.team.axes.get(CONTEXT, 1) + where.get(CONTEXT, 0)}
+        return {**where, COPIES: self.copy * self.team.axes.get(CONTEXT, 1) + where.get(CONTEXT, 0),
+                EXPERT_COPIES: self.seat // self.sharing}
 
     @property
     def alike(self) -> dict[str, Any]:
-        """The groups of devices that hold the same, by axis: this member in every copy, these with the members along
-        the context axis (where it has parts across them), those with the same experts."""
-        groups = {COPIES: self.copy_group, CONTEXT_COPIES: self.reductions.get(((self.rank,), (CONTEXT,), False)),
-                  EXPERT_COPIES: self.expert_copies_group}
+        """The groups of devices that hold the same, by axis: this member in every copy, with a context axis its members
+        in all copies; those with the same experts."""
+        groups = {COPIES: self.reductions.get(((self.rank,), (CONTEXT,), False)) if CONTEXT in self.team.axes
+                  else self.copy_group, EXPERT_COPIES: self.expert_copies_group}
         return {axis: group for axis, group in groups.items() if group is not None}
 
     @property

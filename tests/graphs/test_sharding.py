@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from mipipe.graphs.capture.model import capture, capture_module
 from mipipe.graphs.coarse.mode_rows import mode_rows, undivided
 from mipipe.graphs.errors import GraphError, InputError
+from mipipe.graphs.models.loss import shifted
 from mipipe.graphs.modes import Layout
 from mipipe.graphs.operator_graph import Phase
 from mipipe.graphs.operators.collectives import part_of, whole_of
@@ -203,10 +204,39 @@ def test_a_block_without_a_norm_sums_once_each_way(mode, sends):
 def test_no_logits_are_gathered(llama):
     """Vocabulary-parallel cross-entropy: what crosses the team beside the input's gradient is a number per row."""
     _, made = program(llama, "lm_head", "tensor", 4)
-    rows = 4 * 7
+    rows = 4 * 8
     for op in made.trace.operators:
         if op.kind.startswith("mipipe.all_"):
             assert math.prod(op.outputs[0].shape) in (rows, 1, 4 * 8 * 32)
+
+
+class Predicts(torch.nn.Module):
+    """A table, a head and a loss of the next token, with the last row of logits cut off or its label ignored."""
+
+    def __init__(self, cut):
+        super().__init__()
+        self.cut, self.table, self.head = cut, torch.nn.Embedding(64, 32), torch.nn.Linear(32, 64, bias=False)
+
+    def forward(self, ids):
+        logits = self.head(self.table(ids))
+        logits, labels = (logits[:, :-1], ids[:, 1:]) if self.cut else (logits, shifted(ids))
+        return {"loss": torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")}
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_context_members_have_rows_of_logits_each(cut):
+    """Table and head whole, each member with its own positions, and no logits sent, but where rows do not divide: then
+    all are gathered, and a line says so."""
+    graph = capture_module(Predicts(cut), {"ids": torch.zeros(2, 8, dtype=torch.int64)}, granularity="module")
+    traces = [program(graph, name, "context", 4) for name in ("table", "head")]
+    assert not any(name.startswith("p_") for _, made in traces for name in made.given)
+    sent = {op.outputs[0].shape for _, made in traces for op in made.trace.operators if op.kind in COLLECTIVES}
+    assert sent == ({(2, 8, 64)} if cut else {()})
+    lookup, = (op for op in traces[0][1].trace.operators if op.kind == "aten.embedding.default")
+    assert lookup.outputs[0].shape == (2, 2, 32)
+    trace, made = traces[1]
+    assert [trace.flops(phase) / made.trace.flops(phase) for phase in Phase] == ([4, 1, 4] if cut else [4, 4, 4])
+    assert [line.partition(",")[0] for line in made.whole] == ["7 of 8 positions do not divide by 4 members"] * cut
 
 
 def test_fewer_key_heads_than_members(llama):

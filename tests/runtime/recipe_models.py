@@ -12,7 +12,7 @@ from mipipe.graphs.recipes.options import LossConfig, RecipeConfig, ReferenceCon
 from mipipe.graphs.recipes.source import with_recipe
 from mipipe.runtime.engine.engine import Engine
 
-ROWS, LENGTH, VOCABULARY = 2, 7, 23
+ROWS, LENGTH, VOCABULARY = 2, 8, 23
 SIZES = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": LENGTH, "vocab_size": VOCABULARY, "resid_pdrop": 0.0,
          "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 """Of a model that computes in float64 throughout, with its head tied to the embedding."""

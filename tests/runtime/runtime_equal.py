@@ -17,6 +17,7 @@ from mipipe.graphs.cluster import shipped_kinds
 from mipipe.graphs.coarse.coarsen import coarsen
 from mipipe.graphs.costs.roofline import roofline
 from mipipe.graphs.models.loss import sum_over
+from mipipe.graphs.models.tasks import TaskLoss
 from mipipe.graphs.operator_graph import OperatorGraph
 from mipipe.graphs.recipes.adapters import AdapterConfig, adapt
 from mipipe.graphs.topology import Topology
@@ -53,14 +54,15 @@ class Case:
 
 @functools.cache
 def case(name: str, dtype: torch.dtype = torch.float64) -> Case:
-    """``moe``, ``deepseek`` (with experts, routed in float32), ``deepseek-dense``, ``llama`` (tied), ``llama-dora``
-    (adapters of a recipe), ``phi3`` (fused projections), ``vlm``, ``vlm-frozen`` (vision tower), ``vlm-lora`` (language
-    model), ``skip``."""
+    """With the loss of its task, or (``..-cut``) as the reference has it, with a row of logits cut off: ``moe``,
+    ``deepseek`` (with experts, routed in float32), ``deepseek-dense``, ``llama`` (tied), ``llama-dora`` (adapters of a
+    recipe), ``phi3`` (fused projections), ``vlm``, ``vlm-frozen`` (vision tower), ``vlm-lora`` (language model),
+    ``skip``."""
     if name == "skip":
         module, shift, loss_of = models.skip_module(dtype), False, None
     elif name == "deepseek-dense":
         module, shift, loss_of = models.tiny_deepseek(dtype, 3), True, models.token_losses
-    elif name in ("moe", "deepseek", "llama", "llama-dora", "phi3"):
+    elif name in ("moe", "deepseek", "llama", "llama-cut", "llama-dora", "phi3"):
         module, shift, loss_of = getattr(models, f"tiny_{name.partition('-')[0]}")(dtype), True, models.token_losses
         if name == "llama-dora":
             torch.manual_seed(13)
@@ -81,7 +83,8 @@ def case(name: str, dtype: torch.dtype = torch.float64) -> Case:
             module.lm_head.requires_grad_(False)
     batch = models.image_batch(ROWS, dtype) if name.startswith("vlm") else \
         models.token_batch(ROWS, LENGTH, 64 if shift else 11)
-    graph = capture_module(module, batch, loss=loss_of, granularity="module" if name == "skip" else "block",
+    loss = loss_of if loss_of is None or name.endswith("-cut") else TaskLoss("language", shift=True)
+    graph = capture_module(module, batch, loss=loss, granularity="module" if name == "skip" else "block",
                            loss_info=sum_over("labels", shift=shift))
     return Case(module, graph, shift, loss_of)
 

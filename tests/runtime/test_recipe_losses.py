@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import recipe_models as recipes
@@ -12,7 +13,9 @@ from mipipe.graphs.errors import BatchError, InputError
 from mipipe.graphs.recipes import losses
 from mipipe.graphs.recipes.options import LossConfig, RecipeConfig, ReferenceConfig
 from mipipe.graphs.recipes.rows import batch_inputs
+from mipipe.planner.team import Team
 from mipipe.runtime.engine.batches import split_batch
+from mipipe.runtime.engine.compiling.team import member_graph
 from mipipe.runtime.engine.engine import Engine
 
 COUNT, COPIES = 3, 2
@@ -52,15 +55,19 @@ def close(own, gradients, wanted, value, tolerance, loss_is_value=True):
         assert torch.linalg.vector_norm(gradient - wanted[1][name]) <= tolerance * size + 1e-14, f"{value}: {name}"
 
 
-@pytest.mark.parametrize("cases", [CASES[1:2] + CASES[13:14],
-                                   pytest.param(CASES, marks=pytest.mark.slow)], ids=["some", "all"])
-def test_losses_on_two_ranks_and_two_copies_equal_their_formulas(pool, cases):
-    """Losses and gradients; the groups of three cross microbatches of two rows. One process has them to 1e-12."""
+@pytest.mark.parametrize("cases, context", [
+    (CASES[1:2] + CASES[13:14], 1), *(pytest.param(CASES, size, marks=pytest.mark.slow) for size in (1, 2))],
+    ids=["some", "all", "all, context"])
+def test_losses_on_two_ranks_and_two_devices_each_equal_their_formulas(pool, cases, context):
+    """Losses and gradients on two copies, or on two members with positions each; the groups of three cross microbatches
+    of two rows. One process has them to 1e-12."""
     work, wanted = [], []
     for number, (name, options) in enumerate(cases):
         graph, module, whole, answer = eager(name, options)
-        plan = dags.random_plan(random.Random(number), graph, 2, COUNT)
-        work.append((plan, graph, recipes.state_of(module), whole))
+        plan = dags.random_plan(random.Random(number), graph, 2, COUNT * COPIES if context > 1 else COUNT)
+        team = Team({"context": context}) if context > 1 else None
+        assert team is None or not member_graph(team, graph).divisions
+        work.append((replace(plan, team=team), graph, recipes.state_of(module), whole))
         wanted.append(answer)
         alone = Engine(dags.random_plan(random.Random(number), graph, 1, COUNT * COPIES), graph,
                        recipes.state_of(module))

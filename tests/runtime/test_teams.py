@@ -81,8 +81,10 @@ def test_a_mode_that_a_search_chose(pool):
     teams.compare(pool, made, [replace(plan, problem=plan.problem.replace(graph_digest=digest(made.graph)))])
 
 
-def test_two_axes_and_tied_tables(pool):
-    made = equal.case("llama")
+@pytest.mark.parametrize("name", ["llama", pytest.param("llama-cut", marks=pytest.mark.slow)])
+def test_two_axes_and_tied_tables(pool, name):
+    """Also where rows of logits do not divide along the context axis: then all are gathered."""
+    made = equal.case(name)
     teams.compare(pool, made, plans_of(made.graph, 1, TWO_AXES))
 
 

@@ -66,8 +66,8 @@ class Degrees:
 
     @property
     def alike(self) -> int:
-        """How many devices hold the same parameters, but experts and what the context axis divides: copies, and in all
-        of them the members along that axis."""
+        """How many devices hold the same parameters, but experts: copies, and in all of them the members along the
+        context axis."""
         return self.context * self.copies
 
     @property

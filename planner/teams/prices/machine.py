@@ -22,8 +22,7 @@ class Machine:
     do, else what autograd saves (None: as ``fused``); ``overlap``: collectives of the tensor and expert axes run behind
     kernels as far as the kind's ``hidden`` and ``hidden_experts`` say; ``scatter``: a value between ranks that all
     tensor members have goes in parts, one from each, else each sends all of it; ``optimizer``: whose state is kept
-    (None: `mipipe.planner.problems.from_graph.usual_optimizer` of ``dtype``); ``whole_tables``: the context axis does
-    not divide tables (so Megatron-LM and torchtitan; in `mipipe train` it does)."""
+    (None: `mipipe.planner.problems.from_graph.usual_optimizer` of ``dtype``)."""
 
     __pydantic_config__: ClassVar = STRICT
     kind: DeviceKind
@@ -37,7 +36,6 @@ class Machine:
     overlap: bool = False
     scatter: bool = True
     optimizer: OptimizerName | None = None
-    whole_tables: bool = False
 
     @property
     def kernels(self) -> tuple[bool, bool, bool]:

@@ -19,7 +19,7 @@ from mipipe.graphs.costs.team_share import TeamShare
 from mipipe.graphs.costs.trace_facts import TeamSplit, heads_of
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.exchange import exchanges
-from mipipe.graphs.modes import Collective, CollectiveKind, Layout
+from mipipe.graphs.modes import Layout
 from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role, SegmentTrace
 from mipipe.planner.teams.prices.branches import check_modes, encoders_of, together
 from mipipe.planner.teams.prices.degrees import RECOMPUTE, Degrees, Recompute
@@ -93,26 +93,16 @@ class ModelPieces:
         """Whether tokens travel to their experts."""
         return exchanges(self.graph)
 
-    def shares(self, member: int, degrees: Degrees, context: bool = True) -> tuple[TeamShare, ...]:
-        """What members along the context (not without ``context``) and the tensor axis have of a segment (by index), as
-        a run of the plan divides it; none where tokens are sent to the segment's experts by devices that share all
-        else."""
+    def shares(self, member: int, degrees: Degrees) -> tuple[TeamShare, ...]:
+        """What members along the context and the tensor axis have of a segment (by index), as a run of the plan divides
+        it; none where tokens are sent to the segment's experts by devices that share all else."""
         mode, trace = self.mode(member, degrees), self.index.traces[member]
         apart = degrees.expert > 1 and not self.exchanges
         if apart and self.graph.segments[member].tags.role is Role.EXPERTS:
             return ()
-        axes = [("context", degrees.context)] if context else []
-        axes += [(mode, degrees.tensor)] if mode != "batch" else []
+        axes = [("context", degrees.context), *([(mode, degrees.tensor)] if mode != "batch" else [])]
         apart = apart and member in self.with_experts
-        found = tuple(self._shares.of(trace, name, size, apart) for name, size in axes if size > 1)
-        if len(found) > 1 and found[0].dims and (
-                self.graph.segments[member].tags.role is not Role.EMBEDDING or self._is_tied(member)):
-            return found[0], _left_whole(trace, found[1])
-        return found
-
-    def _is_tied(self, member: int) -> bool:
-        own = self.graph.segments[member].parameters
-        return any(self.index.parameters[name].tied_to or name in self.tied for name in own)
+        return tuple(self._shares.of(trace, name, size, apart) for name, size in axes if size > 1)
 
     @cached_property
     def _shares(self) -> TeamShares:
@@ -306,26 +296,18 @@ def _member_misfit(model: ModelPieces, member: int, degrees: Degrees) -> str | N
     return None
 
 
-def _left_whole(trace: SegmentTrace, share: TeamShare) -> TeamShare:
-    """The share of a loss by vocabulary that the context axis divides already: members along the other axis have what
-    comes in whole, for which it is gathered where it lies in parts."""
-    gathered = tuple((Collective(CollectiveKind.ALL_GATHER, share.axis, trace.specs[name].num_bytes), name)
-                     for name in trace.inputs if name in share.values)
-    return TeamShare(share.axis, share.size, collectives={Phase.F: gathered}, whole=(
-        "the vocabulary is divided over the context axis alone",))
-
-
 _SMALL = (Role.ROUTER, Role.DISPATCH, Role.COMBINE)
 
 
 def indivisible_of(model: ModelPieces, degrees: Degrees) -> tuple[str, ...]:
-    """What every member of the tensor axis has in whole: a line for each reason, but of single matrices of a segment
-    that are cheaper so, and of routers."""
+    """What every member of the tensor or the context axis has in whole: a line for each reason, but of single matrices
+    of a segment that are cheaper so, of routers, and of what has no products."""
     found: dict[str, list[str]] = {}
-    for piece in model.kinds if degrees.tensor > 1 else ():
+    for piece in model.kinds if degrees.team > 1 else ():
         for member in piece.members:
-            segment = model.graph.segments[member]
-            for share in model.shares(member, degrees, False) if segment.tags.role not in _SMALL else ():
+            segment, trace = model.graph.segments[member], model.index.traces[member]
+            counts = segment.tags.role not in _SMALL and any(item.flops for item in trace.operators)
+            for share in model.shares(member, degrees) if counts else ():
                 for reason in share.whole:
                     if not (share.dims and "would send more" in reason):
                         found.setdefault(reason, []).append(segment.name)

@@ -72,7 +72,7 @@ class Pricer(SegmentProfiles):
     def on(self, machine: Machine, measured: Sequence[LayerTimes] | None = None) -> Pricer:
         """The same model on another machine; profiles are shared where both have the same kernels."""
         other = Pricer(self.model, machine, measured)
-        if (machine.kernels, machine.whole_tables) == (self.machine.kernels, self.machine.whole_tables):
+        if machine.kernels == self.machine.kernels:
             other._profiles, other._facts, other.origins = self._profiles, self._facts, self.origins
         return other
 
@@ -91,8 +91,7 @@ class Pricer(SegmentProfiles):
         key = _without_ranks(degrees)
         if key not in self._tied:
             self._tied[key] = tied_parameters(self.model, self.machine, degrees,
-                                              lambda member: self.profile(member, degrees),
-                                              lambda member: self.tables(member, degrees))
+                                              lambda member: self.profile(member, degrees))
         return self._tied[key]
 
     def _kind(self, kind: int, degrees: Degrees, measured: LayerTimes | None = None) -> PieceCost:
@@ -186,7 +185,7 @@ class Pricer(SegmentProfiles):
         plain, again = (ahead_buffers + max(ahead, round(alive * count)) for alive in stays.alive)
         self._works[key] = PieceWork(found, round(stays.kept * count), round(stays.late * count),
                                      round(stays.until_w * count), stays.held, stays.trained, buffers, workspace, plain,
-                                     again, talks, stays.summed, stays.tables, stays.lengths)
+                                     again, talks, stays.summed, stays.lengths)
         return self._works[key]
 
     def _stays(self, kind: int, degrees: Degrees) -> PieceStays:
@@ -197,7 +196,7 @@ class Pricer(SegmentProfiles):
         if key in self._stayed:
             return self._stayed[key]
         kept = until_w = late = dense = experts = trained = trained_experts = summed = 0
-        tables, lengths = [0, 0, 0], dict[tuple[int, bool], list[int]]()
+        lengths: dict[tuple[int, bool], list[int]] = {}
         for member in piece.members:
             profile = self.profile(member, degrees)
             if index.runs(member, Phase.I) or index.runs(member, Phase.W):
@@ -207,18 +206,14 @@ class Pricer(SegmentProfiles):
             for item in self.lengths(member, degrees):
                 own = lengths.setdefault((item.length, item.experts), [0, 0, 0])
                 own[:] = own[0] + item.held, own[1] + item.trained, own[2] + item.summed
-            of_tables = self.tables(member, degrees)
-            tables[0] += of_tables[0]
             if index.runs(member, Phase.W):
                 trained += profile.resident.trainable_dense
                 trained_experts += profile.resident.trainable_experts
-                tables[1] += of_tables[1]
                 if self.model.mode(member, degrees) == "batch":
-                    summed, tables[2] = summed + profile.resident.trainable_dense, tables[2] + of_tables[1]
+                    summed += profile.resident.trainable_dense
         self._stayed[key] = PieceStays(
             self.model.split(piece.members[0], degrees)[1], kept, late, until_w, (dense, experts),
-            (trained, trained_experts), summed, (tables[0], tables[1], tables[2]),
-            tuple(HeldLength(*key, *sizes) for key, sizes in lengths.items()),
+            (trained, trained_experts), summed, tuple(HeldLength(*key, *sizes) for key, sizes in lengths.items()),
             (self.alive(piece, degrees, False), self.alive(piece, degrees, True)))
         return self._stayed[key]
 

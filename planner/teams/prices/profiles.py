@@ -70,21 +70,10 @@ class SegmentProfiles:
 
     def shares(self, member: int, degrees: Degrees) -> tuple[TeamShare, ...]:
         """What members of a team of these degrees have of a segment."""
-        return self.model.shares(member, degrees, not self.machine.whole_tables)
-
-    def tables(self, member: int, degrees: Degrees) -> tuple[int, int]:
-        """Bytes of a segment's parameters that the context axis divides, and of those that train, on one member."""
-        shares, trace = self.shares(member, degrees), self.model.index.traces[member]
-        held = trained = 0
-        for name, grad in zip(trace.parameters, trace.parameter_grads, strict=True):
-            if any(share.axis == "context" and name in share.dims for share in shares):
-                size = -(-trace.specs[name].num_bytes // math.prod(item.size for item in shares if name in item.dims))
-                held, trained = held + size, trained + (0 if grad is None else size)
-        return held, trained
+        return self.model.shares(member, degrees)
 
     def lengths(self, member: int, degrees: Degrees) -> tuple[HeldLength, ...]:
-        """What of a segment's parameters devices that hold the same divide along dimensions of certain lengths; not
-        those that the context axis divides."""
+        """What of a segment's parameters devices that hold the same divide along dimensions of certain lengths."""
         trace, profile = self.model.trace(member, degrees.recompute), self.profile(member, degrees)
         trains, batch = self.model.index.runs(member, Phase.W), self.model.mode(member, degrees) == "batch"
         banks, sent = self.facts(member, degrees).banks, degrees.expert > 1 and self.model.exchanges
@@ -92,8 +81,6 @@ class SegmentProfiles:
                     (*trace.parameter_grads, *(None for _ in trace.buffers)), profile.parts, strict=True)
         found: dict[tuple[int, bool], list[int]] = {}
         for name, grad, part in names:
-            if part.axis == "context":
-                continue
             spec, experts = trace.specs[name], name in banks
             length = 0 if name in trace.buffers else divided_length(spec.shape, part, int(experts and sent))
             size = -(-spec.num_bytes // part.degree)

@@ -31,9 +31,9 @@ class HeldLength:
 class PieceWork:
     """A piece's seconds and bytes of one microbatch on one member, and bytes of its parameters, dense and of experts
     (``held``; those that train), as `PieceCost` has them; what F needs beside what stays, and where nothing but its
-    inputs does (``ahead_again``); how many collectives it waits for; bytes of dense parameters that train and whose
-    gradients are sums over the tensor axis; and of dense ones that the context axis divides (``tables``; those that
-    train, and with such gradients). ``lengths``: what devices that hold the same may have to leave whole."""
+    inputs does (``ahead_again``); how many collectives it waits for; and bytes of dense parameters that train and
+    whose gradients are sums over the tensor axis. ``lengths``: what devices that hold the same may have to leave whole.
+    """
 
     phases: dict[Phase, PhaseCost]
     kept: int
@@ -47,7 +47,6 @@ class PieceWork:
     ahead_again: int
     collectives: int
     summed: int = 0
-    tables: tuple[int, int, int] = (0, 0, 0)
     lengths: tuple[HeldLength, ...] = ()
 
 
@@ -64,7 +63,6 @@ class PieceStays:
     held: tuple[int, int]
     trained: tuple[int, int]
     summed: int
-    tables: tuple[int, int, int]
     lengths: tuple[HeldLength, ...]
     alive: tuple[int, int]
 
@@ -95,14 +93,12 @@ def held_cost(machine: Machine, degrees: Degrees, work: PieceWork, phases: Mappi
     found = dict(phases)
     size, summed_bytes, state_bytes = DTYPE_BYTES[machine.dtype], machine.gradient_bytes, machine.state_bytes
     (dense, experts), (trained, trained_experts), summed = work.held, work.trained, work.summed
-    tables, trained_tables, summed_tables = work.tables
     classes = []
     for held, trains, adds, alike, stride, lengths in (
             (experts, trained_experts, 0, degrees.alike_experts,
              degrees.expert if degrees.expert > 1 else degrees.tensor, [item for item in work.lengths if item.experts]),
-            (dense - tables, trained - trained_tables, summed - summed_tables, degrees.alike, degrees.tensor,
-             [item for item in work.lengths if not item.experts]),
-            (tables, trained_tables, summed_tables, degrees.copies, degrees.team, [])):
+            (dense, trained, summed, degrees.alike, degrees.tensor,
+             [item for item in work.lengths if not item.experts])):
         whole = [sum(sizes) for sizes in zip((0, 0, 0), *((item.held, item.trained, item.summed) for item in lengths
                                                           if item.length % alike or not item.length), strict=True)]
         for own, zero in (([held - whole[0], trains - whole[1], adds - whole[2]], degrees.zero), (whole, 0)):

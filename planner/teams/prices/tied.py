@@ -54,12 +54,10 @@ class TiedParameter:
 
 
 def tied_parameters(model: ModelPieces, machine: Machine, degrees: Degrees,
-                    profile: Callable[[int], ModeProfile],
-                    tables: Callable[[int], tuple[int, int]]) -> tuple[TiedParameter, ...]:
+                    profile: Callable[[int], ModeProfile]) -> tuple[TiedParameter, ...]:
     """The tied parameters of a model on a team of these degrees.
 
     ``profile``: that of a segment (by index); its parameters are taken as divided alike.
-    ``tables``: bytes of it that the context axis divides.
     """
     found = []
     specs, piece_of = model.index.parameters, {
@@ -73,15 +71,13 @@ def tied_parameters(model: ModelPieces, machine: Machine, degrees: Degrees,
         size = round(own.resident.dense * specs[fqn].spec.num_bytes / max(1, whole))
         trains = specs[fqn].trainable and any(model.index.runs(member, Phase.W) for member in members)
         trained = size if trains else 0
-        table = tables(first)[0] > 0
+        length = divided_length(specs[fqn].spec.shape, own.parts[place], 0)
         work = PieceWork({Phase.F: PhaseCost(), Phase.I: PhaseCost()}, 0, 0, 0, (size, 0), (trained, 0), 0, 0, 0, 0, 0,
-                         tables=(size, trained, 0) if table else (0, 0, 0), lengths=() if table else (
-                             HeldLength(divided_length(specs[fqn].spec.shape, own.parts[place], 0), False, size,
-                                        trained, 0),))
+                         lengths=(HeldLength(length, False, size, trained, 0),))
         cost = held_cost(machine, degrees, work, work.phases, (0, 0, 0))
         gradients = trained // DTYPE_BYTES[machine.dtype] * machine.gradient_bytes  # all, also where parts are kept
-        alike, stride = (degrees.copies, degrees.team) if table else (degrees.alike, degrees.tensor)
-        together = collective_ns(machine.fabric, CollectiveKind.ALL_REDUCE, gradients, 2 * alike, stride) / 1e9
+        together = collective_ns(machine.fabric, CollectiveKind.ALL_REDUCE, gradients, 2 * degrees.alike,
+                                 degrees.tensor) / 1e9
         reads = dict(Counter(piece_of[member] for member in members))
         found.append(TiedParameter(reads, size, trained, cost, together))
     return tuple(found)

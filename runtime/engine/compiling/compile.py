@@ -12,7 +12,7 @@ import torch.distributed as dist
 from mipipe.graphs.errors import PlanError
 from mipipe.graphs.operator_graph import OperatorGraph, Segment
 from mipipe.graphs.operators.expert_kernels import RETURN, ROUTE, SEND
-from mipipe.graphs.sharding.gathered import ALIKE, CONTEXT, CONTEXT_COPIES, COPIES, gathered
+from mipipe.graphs.sharding.gathered import ALIKE, CONTEXT, COPIES, gathered
 from mipipe.graphs.sharding.team_graph import MemberGraph
 from mipipe.planner.actions import Stream
 from mipipe.planner.check import check_program
@@ -135,12 +135,12 @@ def _refuse_changed_buffers(plan: Plan, stages: Mapping[int, StageCode]) -> None
 def _mesh_of(plan: Plan, program: Program, member: MemberGraph, holders: Mapping[str, tuple[int, ...]],
              device: torch.device, options: EngineOptions, zero: int, sharing: int) -> Mesh:
     """The process groups of a program: of ranks that hold the same parameter, of teams, of experts, of copies."""
-    across = {name: item.axis for name, divisions in member.divisions.items() for item in divisions
-              if item.axis in (COPIES, CONTEXT_COPIES)}
+    across = {name for name, divisions in member.divisions.items() if any(item.axis == COPIES for item in divisions)}
     shared = {(ranks, member.sums.get(name, ()), zero > 1 and name in across)
               for name, ranks in holders.items() if len(ranks) > 1 or name in member.sums}
-    shared |= {((rank,), (CONTEXT,), False) for rank in range(len(program.ranks)) if CONTEXT_COPIES in across.values()}
-    return build_mesh(program, shared, team=plan.team or ALONE, sharing=sharing, device=device,
+    team = plan.team or ALONE
+    shared |= {((rank,), (CONTEXT,), False) for rank in range(len(program.ranks)) if zero and CONTEXT in team.axes}
+    return build_mesh(program, shared, team=team, sharing=sharing, device=device,
                       topology=plan.problem.topology if plan.team is None else None,
                       timeout_s=options.timeout_s, across=zero > 0)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mipipe.graphs.operator_graph import OperatorGraph
-from mipipe.graphs.sharding.gathered import ALIKE, CONTEXT, CONTEXT_COPIES, COPIES, EXPERT_COPIES
+from mipipe.graphs.sharding.gathered import ALIKE, CONTEXT, COPIES, EXPERT_COPIES
 from mipipe.graphs.sharding.team_graph import Division
 from mipipe.planner.plan import Plan
 from mipipe.planner.program import Program
@@ -78,9 +78,8 @@ class LocalRank:
         """Whether this process counts a parameter, where each element of all is to be counted once: in a copy, or in
         all copies where there are parts across them."""
         axes = {item.axis for item in self.divisions.get(name, ())}
-        mesh, divided = self.mesh, {CONTEXT_COPIES, EXPERT_COPIES, *axes}
-        divided |= {CONTEXT, COPIES} if CONTEXT_COPIES in axes else set()
-        divided |= set() if self.across else {COPIES}
+        mesh, divided = self.mesh, {EXPERT_COPIES, *axes}
+        divided |= {CONTEXT} if COPIES in axes else set() if self.across else {COPIES}
         return self.holders[name][0] == mesh.rank and not any(
             place for axis, place in mesh.place.items() if axis not in divided)
 

@@ -81,8 +81,7 @@ def check_held(pieces, degrees, banks=()):
 @pytest.mark.parametrize("degrees", DEGREES, ids=Degrees.text)
 def test_plans_say_what_members_hold(pieces, degrees):
     """Whatever the axes: copies and their members along the context axis share what they have alike, as far as it
-    divides among them, copies the tables' parts, and each has a part of what its part of the experts, heads and columns
-    is."""
+    divides among them, and each has a part of what its part of the tables, experts, heads and columns is."""
     check_held(pieces, degrees)
 
 
