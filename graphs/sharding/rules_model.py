@@ -87,7 +87,7 @@ def head_in_blocks(case: Case) -> Iterator[Choice | None]:
     rows = [case.name(place) for place in _ROWS[kind]]
     for part in case.divisions(*rows):
         if part.dim == 0:
-            needs = {**dict.fromkeys(case.op.inputs, WHOLE), **dict.fromkeys(rows, part)}
+            needs: dict[str | None, Part] = {**dict.fromkeys(case.op.inputs, WHOLE), **dict.fromkeys(rows, part)}
             made = PARTIAL if kind.endswith("_weight") else part
             yield case.choice(needs, *(made,) * len(case.op.outputs), share=1.0 / case.size)
 

@@ -10,6 +10,7 @@ import runtime_dags as dags
 import torch
 
 from mipipe.graphs.errors import BatchError, InputError
+from mipipe.graphs.operator_graph import Phase
 from mipipe.graphs.recipes import losses
 from mipipe.graphs.recipes.options import LossConfig, RecipeConfig, ReferenceConfig
 from mipipe.graphs.recipes.rows import batch_inputs
@@ -55,6 +56,10 @@ def close(own, gradients, wanted, value, tolerance, loss_is_value=True):
         assert torch.linalg.vector_norm(gradient - wanted[1][name]) <= tolerance * size + 1e-14, f"{value}: {name}"
 
 
+def backward_flops(graph):
+    return [sum(graph.trace(segment).flops(phase) for segment in graph.segments) for phase in (Phase.I, Phase.W)]
+
+
 @pytest.mark.parametrize("cases, context", [
     (CASES[1:2] + CASES[13:14], 1), *(pytest.param(CASES, size, marks=pytest.mark.slow) for size in (1, 2))],
     ids=["some", "all", "all, context"])
@@ -66,7 +71,10 @@ def test_losses_on_two_ranks_and_two_devices_each_equal_their_formulas(pool, cas
         graph, module, whole, answer = eager(name, options)
         plan = dags.random_plan(random.Random(number), graph, 2, COUNT * COPIES if context > 1 else COUNT)
         team = Team({"context": context}) if context > 1 else None
-        assert team is None or not member_graph(team, graph).divisions
+        if team is not None:  # tables whole, rows of logits divided: products with a gradient at least
+            member = member_graph(team, graph)
+            assert not member.divisions
+            assert [context * flops for flops in backward_flops(member.graph)] == backward_flops(graph)
         work.append((replace(plan, team=team), graph, recipes.state_of(module), whole))
         wanted.append(answer)
         alone = Engine(dags.random_plan(random.Random(number), graph, 1, COUNT * COPIES), graph,
