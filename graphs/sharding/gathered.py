@@ -66,7 +66,8 @@ def gathered(member: MemberGraph, copies: int, zero: int = 3, apart: Collection[
 
 def _parts(member: MemberGraph, copies: int, zero: int, apart: Collection[str],
            expert_copies: int) -> dict[str, Division]:
-    """How the devices that hold the same of a parameter divide it, by canonical FQN."""
+    """How the devices that hold the same of a parameter, ``copies`` or of a bank ``expert_copies``, divide it, by
+    canonical FQN."""
     found = {}
     for item in member.graph.parameters:
         part = Division(EXPERT_COPIES, expert_copies, 1) if item.fqn in apart else Division(COPIES, copies, 0)

@@ -152,8 +152,9 @@ def reasons(trace: SegmentTrace, layouts: Layouts, assignment: Assignment, mode:
             specs = specs_of(trace)
             for op in trace.phase_operators(Phase.F):
                 name = op.inputs[0] if op.kind == "aten.slice.Tensor" else ""
-                if name and assignment.choices[op.name].needs.get(name) == WHOLE != assignment.born[name]:
-                    dim = assignment.born[name].dim
+                part = assignment.born.get(name, WHOLE)
+                if part.kind is Kind.DIVIDED and assignment.choices[op.name].needs.get(name) == WHOLE:
+                    dim = part.dim
                     yield (f"{op.outputs[0].shape[dim]} of {specs[name].shape[dim]} positions do not divide by {size}"
                            " members, so all are gathered; a loss that shifts labels, and cuts no rows off, needs none"
                            " of it (mipipe.graphs.models.loss.shifted)")

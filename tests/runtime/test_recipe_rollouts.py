@@ -38,7 +38,7 @@ def test_rows_are_whole_groups_and_a_pass_has_each_once(tmp_path):
         assert batch["rewards"].tolist() == [0.0, 1.0, 0.0, 1.0] and batch["rewards"].dtype is torch.float64
         for row in range(4):
             size = 1 + int(batch["group_ids"][row]) % 3
-            assert (batch["labels"][row] != -100).tolist() == [2 <= place < 2 + size for place in range(7)]
+            assert (batch["labels"][row] != -100).tolist() == [2 <= place < 2 + size for place in range(8)]
             assert batch["input_ids"][row, :2].tolist() == [1, 2]
 
 
@@ -73,7 +73,7 @@ def test_old_rollouts_are_passed_over_and_then_missed(tmp_path):
     ({"version": 1.5}, "expected group and version as whole numbers"),
     ({"foreign": "yes"}, "foreign: found 'yes', expected 0 or 1"),
     ({"prompt": []}, "0 tokens of prompt"),
-    ({"prompt": [1] * 9}, "but a row has 7"),
+    ({"prompt": [1] * 9}, "but a row has 8"),
     ({"response": ["a"]}, "response: expected a list of token ids"),
     ({"rewards": 1}, "found 'rewards'; expected an object with"),
 ])
