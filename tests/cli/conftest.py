@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -20,6 +21,10 @@ from mipipe.graphs.serialize import save
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.solve import plan
+
+
+COMMAND = typer.main.get_command(app)
+"""Made once: that takes longer than most of what is called."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ def call(*arguments: object) -> Ended:
     code = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            app([str(argument) for argument in arguments])
+            COMMAND([str(argument) for argument in arguments], "mipipe")
         except SystemExit as ended:
             code = int(ended.code or 0)
     return Ended(code, out.getvalue(), err.getvalue())
