@@ -50,7 +50,7 @@ def test_arrays_measure_random_plans() -> None:
     """Branches, loads, collectives, replicas with their sums, updates, recomputation, pairs, values in flight; what
     takes no time is simulated where values in flight take memory, as lowering may put it anywhere at its moment."""
     simply = 0
-    for seed in range(300):
+    for seed in range(100):
         plan = random_plan(seed)
         plan = fused(plan, Random(seed)) if seed % 2 else plan
         stages, expected = view(plan.problem, plan.placement), simulated(plan)
@@ -65,7 +65,7 @@ def test_arrays_measure_random_plans() -> None:
         damaged = replace(plan.schedule.ranks[0], compute=plan.schedule.ranks[0].compute[1:])
         orders = (damaged, *plan.schedule.ranks[1:])
         assert plan.schedule.ranks[0].compute == () or timed(stages, Schedule(orders)) is None, seed
-    assert simply > 200
+    assert simply > 60
 
 
 def test_values_in_flight_are_measured_by_arrays() -> None:
