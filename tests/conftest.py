@@ -10,6 +10,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 """No test may look anything up at a model hub."""
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+"""One thread for each process: two workers of pytest and the processes they start share the cores as it is."""
 
 
 COLLECT = (200_000, 20, 20)

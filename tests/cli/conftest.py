@@ -22,7 +22,6 @@ from mipipe.planner.options import PlanOptions
 from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.solve import plan
 
-
 COMMAND = typer.main.get_command(app)
 """Made once: that takes longer than most of what is called."""
 

@@ -165,9 +165,10 @@ def run(command: list[str], **streams: Any) -> subprocess.CompletedProcess[str]:
                           timeout=120, **streams)
 
 
-@pytest.mark.parametrize("command", [["show", "plan.json"], ["simulate", "--help"], ["--help"],
-                                     ["--version"], ["merge", "--methods"],
-                                     ["export", "plan.json", "--csv", "/dev/stdout"]], ids=" ".join)
+@pytest.mark.parametrize("command", [
+    ["show", "plan.json"], ["--version"], *(pytest.param(command, marks=pytest.mark.slow) for command in (
+        ["simulate", "--help"], ["--help"], ["merge", "--methods"], ["export", "plan.json", "--csv", "/dev/stdout"]))],
+    ids=" ".join)
 def test_a_reader_that_has_gone_and_a_closed_or_full_stdout(folder: Path, command: list[str]) -> None:
     read, write = os.pipe()
     os.close(read)

@@ -171,7 +171,8 @@ def test_uneven_model_on_the_even_cut():
     assert max(loads) == 3.75 * problem.unit_ns  # five layers; four leave one over beside the head
 
 
-@pytest.mark.parametrize(("ranks", "microbatches"), [(2, 8), (4, 8), *(pytest.param(*size, marks=pytest.mark.slow) for size in ((4, 16), (8, 20)))])
+@pytest.mark.parametrize(("ranks", "microbatches"), [(2, 8), (4, 8), *(
+    pytest.param(*size, marks=pytest.mark.slow) for size in ((4, 16), (8, 20)))])
 def test_memory(ranks, microbatches):
     """Activations within the published bound, and reached where the bound is exact; copies of the parameters."""
     problem = uniform_problem(ranks=ranks, microbatches=microbatches, f=1, i=1, w=1)
