@@ -12,18 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from mipipe.cli.main import app
+from command_line import COMMAND
+
 from mipipe.graphs.serialize import save
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.solve import plan
-
-COMMAND = typer.main.get_command(app)
-"""Made once: that takes longer than most of what is called."""
 
 
 @dataclass(frozen=True)

@@ -75,14 +75,14 @@ def test_the_exact_model_is_reached_and_refuses_what_is_too_large(mipipe, folder
 
 
 def test_the_explanation_says_where_each_ranks_bubble_comes_from(mipipe, folder: Path) -> None:
-    ended = mipipe("plan", folder / "problem.json", "--explain", "--time-limit", 2, *QUICK, "--json")
+    ended = mipipe("plan", folder / "problem.json", "--explain", "--time-limit", 4, *QUICK, "--json")
     data = ended.data
     for row, rank in zip(data["bubbles"], data["ranks"], strict=True):
         parts = [row[name] for name in ("warm_up", "imbalance", "transfers", "memory", "recomputation")]
         assert sum(parts) == pytest.approx(row["bubble"]) == rank["bubble"]
     assert {item["what"] for item in data["what_if"]} == {"one more activation", "one more device",
                                                          "one more microbatch"}
-    told = mipipe("plan", folder / "problem.json", "--explain", "--time-limit", 2, *QUICK)
+    told = mipipe("plan", folder / "problem.json", "--explain", "--time-limit", 4, *QUICK)
     for words in ("where each rank's bubble comes from", "warm-up", "with one more device: "):
         assert words in told.stdout
 
