@@ -183,7 +183,9 @@ def test_a_reader_that_has_gone_and_a_closed_or_full_stdout(folder: Path, comman
         assert closed.returncode == 0 and closed.stderr == ""
 
 
-@pytest.mark.parametrize(("command", "code"), [(["bogus"], 2), (["plan", "none.json"], 1), (["show"], 2)])
+@pytest.mark.parametrize(("command", "code"), [
+    (["plan", "none.json"], 1), pytest.param(["bogus"], 2, marks=pytest.mark.slow),
+    pytest.param(["show"], 2, marks=pytest.mark.slow)])
 def test_an_error_that_nobody_reads_keeps_its_code(command: list[str], code: int) -> None:
     read, write = os.pipe()
     os.close(read)

@@ -57,14 +57,14 @@ def test_all_combinations_that_may_fit_are_points_or_unpriced(experts, wanted):
     """They are counted one by one, and none is lost that `roughly_fits`."""
     model = model_pieces(experts)
     pricer = Pricer(model, machine(memory=2 * 10**7))
-    space = DegreeSpace(pricer, 8, 32, {}, None, None, wanted)
-    every = [each for base in all_degrees(model, 8, 32, {}) for line in variants(base, 32, {}, None, wanted)
+    space = DegreeSpace(pricer, 4, 16, {}, None, None, wanted)
+    every = [each for base in all_degrees(model, 4, 16, {}) for line in variants(base, 16, {}, None, wanted)
              for each in line]
     assert space.combinations == len(every)
     fitting = {each for each in every if roughly_fits(pricer, each)}
     assert 0 < len(fitting) < len(every)
     assert {point.degrees for point in space.all()} <= fitting
     assert {replace(way, microbatch=size) for lines in DegreeSpace(
-        pricer, 8, 32, {}, None, None, wanted)._lines.values() for way, sizes in lines.items()
+        pricer, 4, 16, {}, None, None, wanted)._lines.values() for way, sizes in lines.items()
         for size in sizes} == fitting
-    assert Degrees(copies=8) in {replace(each, microbatch=1, zero=1) for each in every}
+    assert Degrees(copies=4) in {replace(each, microbatch=1, zero=1) for each in every}
