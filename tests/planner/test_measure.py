@@ -25,6 +25,7 @@ from mipipe.planner.schedules import BASELINES
 sys.path.insert(0, str(Path(__file__).parent))
 from test_overlap import fused
 from test_simulate import random_plan
+from test_updates import with_updates
 
 
 def simulated(plan: Plan) -> Measures:
@@ -53,6 +54,9 @@ def test_arrays_measure_random_plans() -> None:
     for seed in range(100):
         plan = random_plan(seed)
         plan = fused(plan, Random(seed)) if seed % 2 else plan
+        if seed % 3 == 0:
+            updates = [Random(seed + number).choice([0, 700]) for number in range(len(plan.problem.groups))]
+            plan = replace(plan, problem=with_updates(plan.problem, updates))
         stages, expected = view(plan.problem, plan.placement), simulated(plan)
         found = by_arrays(stages, plan.schedule)
         assert found in (None, expected) and measure(plan) == expected, seed
