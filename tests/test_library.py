@@ -57,9 +57,9 @@ def test_capture_plan_look(graph, topology, tmp_path: Path, capsys: pytest.Captu
 
 def test_a_problem_of_ones_own(topology) -> None:
     problem = mipipe.uniform_problem(ranks=2, microbatches=4, f=1, i=1, w=1)
-    rows = mipipe.compare(problem, ["1F1B", "mipipe"], time_limit_s=2)
+    rows = mipipe.compare(problem, ["1F1B", "mipipe"], time_limit_s=0.5)
     assert [row.name for row in rows][-1] == "mipipe" and rows[-1].makespan <= rows[1].makespan
-    assert mipipe.plan(problem, time_limit_s=1).plan is not None
+    assert mipipe.plan(problem, time_limit_s=0.5).plan is not None
     with pytest.raises(mipipe.InputError, match="has its own devices"):
         mipipe.plan(problem, topology)
 

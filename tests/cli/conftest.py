@@ -15,7 +15,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from mipipe.cli.main import app
+from command_line import COMMAND
+
 from mipipe.graphs.serialize import save
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.problems.uniform import uniform_problem
@@ -53,7 +54,7 @@ def call(*arguments: object) -> Ended:
     code = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            app([str(argument) for argument in arguments])
+            COMMAND([str(argument) for argument in arguments], "mipipe")
         except SystemExit as ended:
             code = int(ended.code or 0)
     return Ended(code, out.getvalue(), err.getvalue())

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import typer
-
-from mipipe.cli.main import app
+from command_line import COMMAND
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")),
@@ -26,13 +25,12 @@ def commands(text):
 
 def parse(line):
     """Hand a line's words to its verb's parser; nothing is run."""
-    group = typer.main.get_command(app)
     words = shlex.split(line, comments=True)[1:]
     if words[0].startswith("-"):
-        verb, words = group, words
+        verb, words = COMMAND, words
     else:
-        assert words[0] in group.commands, f"no verb {words[0]}"
-        verb, words = group.commands[words[0]], words[1:]
+        assert words[0] in COMMAND.commands, f"no verb {words[0]}"
+        verb, words = COMMAND.commands[words[0]], words[1:]
     try:
         verb.make_context("mipipe", words)
     except typer.Exit as end:  # --help

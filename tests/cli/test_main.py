@@ -103,15 +103,16 @@ def test_no_error_class_is_without_a_tested_code() -> None:
 def test_light_verbs_start_without_torch(folder: Path) -> None:
     """`plan`, `compare`, `check`, `simulate`, `show`, `export` and `--help` never import torch."""
     script = f"""
-import sys
+import sys, typer
 from mipipe.cli.main import app
+command = typer.main.get_command(app)
 for line in {[["--help"], ["check", "plan.json"], ["simulate", "plan.json"], ["show", "plan.json"],
               ["export", "plan.json", "--trace", "trace.json"],
               ["plan", "problem.json", "--time-limit", "0.5"],
               ["compare", "--ranks", "2", "--microbatches", "4", "--time-limit", "0.5"],
               *([verb, "--help"] for verb in NAMES)]!r}:
     try:
-        app(line)
+        command(line, "mipipe")
     except SystemExit as ended:
         assert not ended.code, line
     loaded = {{"torch", "transformers"}} & set(sys.modules)
@@ -197,7 +198,8 @@ def test_sigterm_ends_any_verb_as_ctrl_c_does(tmp_path: Path) -> None:
         assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("letters", ["ascii", "latin-1", "cp437"])
+@pytest.mark.parametrize("letters", ["ascii", *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ("latin-1", "cp437"))])
 def test_a_terminal_of_few_letters_is_printed_to(folder: Path, letters: str) -> None:
     """The timeline's signs are question marks there; a traceback helps nobody."""
     ended = subprocess.run([sys.executable, "-m", "mipipe", "show", str(folder / "plan.json")], capture_output=True,

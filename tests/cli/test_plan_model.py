@@ -22,7 +22,7 @@ hosts:
   - {name: here, devices: 2, kind: %s}
 links: {within_host: {latency: 2us, bandwidth: 400GB/s}}
 """
-QUICK = ("--time-limit", 2)
+QUICK = ("--time-limit", 0.5)
 
 
 @pytest.fixture(autouse=True)

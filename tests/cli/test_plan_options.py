@@ -26,7 +26,7 @@ links:
 
 
 def test_the_frontier_trades_memory_for_bubble(mipipe, folder: Path, tmp_path: Path) -> None:
-    ended = mipipe("plan", folder / "problem.json", "--pareto", "--time-limit", 2, "--html", tmp_path / "f.html",
+    ended = mipipe("plan", folder / "problem.json", "--pareto", "--time-limit", 1, "--html", tmp_path / "f.html",
                    "--json")
     points = [point for point in ended.data["points"] if point["makespan"] is not None]
     assert len(points) >= 3
@@ -38,19 +38,19 @@ def test_the_frontier_trades_memory_for_bubble(mipipe, folder: Path, tmp_path: P
 
 
 def test_utilisation_is_told(mipipe, folder: Path) -> None:
-    ended = mipipe("plan", folder / "problem.json", "--objective", "utilisation", "--time-limit", 4, "--json")
+    ended = mipipe("plan", folder / "problem.json", "--objective", "utilisation", "--time-limit", 2, "--json")
     used = ended.data["provenance"]["devices_in_use"]
     busy = sum(rank["busy"] for rank in ended.data["ranks"])
     assert ended.data["provenance"]["utilisation"] == pytest.approx(busy / used / ended.data["makespan"], abs=1e-4)
 
 
 def test_activations_are_limited(mipipe, folder: Path) -> None:
-    ended = mipipe("plan", folder / "problem.json", "--activations", "24kB", "--time-limit", 2, "--json")
+    ended = mipipe("plan", folder / "problem.json", "--activations", "24kB", "--time-limit", 0.7, "--json")
     assert max(rank["peak_bytes"] - rank["resident_bytes"] for rank in ended.data["ranks"]) <= 24000
 
 
 def test_parts_are_switched_off_and_the_plan_says_what_highs_did(mipipe, folder: Path, tmp_path: Path) -> None:
-    made = ("plan", folder / "problem.json", "--without", "mip", "--without", "search", "--time-limit", 1)
+    made = ("plan", folder / "problem.json", "--without", "mip", "--without", "search", "--time-limit", 0.5)
     ended = mipipe(*made, "--json", "-o", tmp_path / "plan.json", "--html", tmp_path / "plan.html")
     how, options = ended.data["how"], ended.data["provenance"]["options"]
     assert (options["use_milp"], options["use_search"], options["use_baselines"]) == (False, False, True)
@@ -88,7 +88,7 @@ def test_the_explanation_says_where_each_ranks_bubble_comes_from(mipipe, folder:
 
 
 def test_the_period_is_an_objective_and_told_of_every_plan(mipipe, folder: Path, tmp_path: Path) -> None:
-    made = ("plan", folder / "problem.json", "--objective", "period", "--time-limit", 2, *QUICK)
+    made = ("plan", folder / "problem.json", "--objective", "period", "--time-limit", 1, *QUICK)
     ended = mipipe(*made, "--json", "-o", tmp_path / "plan.json")
     noted = ended.data["provenance"]["period"]
     assert ended.data["period"] <= ended.data["makespan"] and noted["bound_ns"] <= noted["period_ns"]

@@ -52,7 +52,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, mipipe) -> Path:
         for line in (["capture", "cli_models:small", "-o", "graph.json", "--granularity", "module", "--json"],
                      ["profile", "graph.json", "--granularity", "operator", "-o", "costs.json", "--fresh", "--json"],
                      ["plan", "graph.json", "--cluster", "cluster.yaml", "--costs", "costs.json", "--microbatches", "4",
-                      "--placement", "chain", "--time-limit", "3", "-o", "plan.json", "--json"]):
+                      "--placement", "chain", "--time-limit", "1", "-o", "plan.json", "--json"]):
             ended = mipipe(*line)
             assert ended.code == 0, ended.stderr
             json.loads(ended.stdout)
@@ -99,7 +99,7 @@ def test_train_runs_the_plan_and_calibrate_reads_it(mipipe, work: Path) -> None:
     shown = mipipe("show", "plan.json", "measured.json", "--json").data["timelines"]
     assert [item["origin"] for item in shown] == ["simulated", "measured"]
     corrected = mipipe("calibrate", "measured.json", "--plan", "plan.json", "--costs", "costs.json",
-                       "-o", "better.json", "--replan", "again.json", "--time-limit", 2, "--json")
+                       "-o", "better.json", "--replan", "again.json", "--time-limit", 0.5, "--json")
     assert corrected.code == 0 and corrected.data["ratio"] > 0
     assert 0 < corrected.data["replanned"]["makespan_ns"] <= corrected.data["recalibrated_ns"]
     assert mipipe("check", "again.json", "--graph", "graph.json").code == 0

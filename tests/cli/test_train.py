@@ -22,9 +22,9 @@ def test_a_plan_for_fewer_devices(capsys) -> None:
     assert options_of(again) == options and again.placement.name == "chain"
     check_plan(again)
     with pytest.raises(InfeasibleError, match="no plan was found: rank 0"):
-        replan_devices(problem.replace(topology=problem.topology.without({0, 2})), PlanOptions(time_limit_s=2.0))
+        replan_devices(problem.replace(topology=problem.topology.without({0, 2})), PlanOptions(time_limit_s=0.7))
     single = replan_devices(uniform_problem(ranks=2, microbatches=4, f=1, i=1, w=1, copies=1),
-                            PlanOptions(time_limit_s=2.0, placement="two-way"))
+                            PlanOptions(time_limit_s=0.7, placement="two-way"))
     assert options_of(single).placement == "free"
     assert "planning with any placement" in capsys.readouterr().err
 

@@ -165,9 +165,10 @@ def run(command: list[str], **streams: Any) -> subprocess.CompletedProcess[str]:
                           timeout=120, **streams)
 
 
-@pytest.mark.parametrize("command", [["show", "plan.json"], ["simulate", "--help"], ["--help"],
-                                     ["--version"], ["merge", "--methods"],
-                                     ["export", "plan.json", "--csv", "/dev/stdout"]], ids=" ".join)
+@pytest.mark.parametrize("command", [
+    ["show", "plan.json"], ["--version"], *(pytest.param(command, marks=pytest.mark.slow) for command in (
+        ["simulate", "--help"], ["--help"], ["merge", "--methods"], ["export", "plan.json", "--csv", "/dev/stdout"]))],
+    ids=" ".join)
 def test_a_reader_that_has_gone_and_a_closed_or_full_stdout(folder: Path, command: list[str]) -> None:
     read, write = os.pipe()
     os.close(read)
@@ -182,7 +183,9 @@ def test_a_reader_that_has_gone_and_a_closed_or_full_stdout(folder: Path, comman
         assert closed.returncode == 0 and closed.stderr == ""
 
 
-@pytest.mark.parametrize(("command", "code"), [(["bogus"], 2), (["plan", "none.json"], 1), (["show"], 2)])
+@pytest.mark.parametrize(("command", "code"), [
+    (["plan", "none.json"], 1), pytest.param(["bogus"], 2, marks=pytest.mark.slow),
+    pytest.param(["show"], 2, marks=pytest.mark.slow)])
 def test_an_error_that_nobody_reads_keeps_its_code(command: list[str], code: int) -> None:
     read, write = os.pipe()
     os.close(read)

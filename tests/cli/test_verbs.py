@@ -56,12 +56,12 @@ def test_the_same_seed_gives_a_plan_at_least_as_good_as_the_bound(mipipe, folder
 
 def test_memory_too_small_says_the_smallest_that_would_do(mipipe, folder: Path, tmp_path: Path) -> None:
     problem = load(folder / "problem.json", PlanningProblem)
-    ended = mipipe("plan", folder / "problem.json", "--memory", "100B", "--time-limit", 5)
+    ended = mipipe("plan", folder / "problem.json", "--memory", "100B", "--time-limit", 2)
     assert ended.code == 3
     assert "memory" in ended.error and "\n" not in ended.error
     promised = re.search(r"a device memory of (\S+) would do", ended.error)
     assert promised, ended.error
-    enough = mipipe("plan", folder / "problem.json", "--memory", promised[1], "--time-limit", 5)
+    enough = mipipe("plan", folder / "problem.json", "--memory", promised[1], "--time-limit", 1)
     assert enough.code == 0, enough.stderr
     assert parse_bytes(promised[1]) < sum(group.resident_bytes + 8 * group.saved_fw_bytes for group in problem.groups)
 

@@ -133,7 +133,7 @@ def test_any_division_is_right(name, data):
 
 
 @pytest.mark.parametrize("name", CASES)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(data=st.data())
 def test_what_is_kept_of_other_divisions_changes_none(name, data):
     """Layouts that share what is known of operators divide as each does that knows nothing."""

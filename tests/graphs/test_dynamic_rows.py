@@ -124,7 +124,7 @@ def captured(words: str) -> tuple[Masked, OperatorGraph]:
 
 
 @pytest.mark.parametrize("words", ["mean", "loss", "entries", "own", "beside", "parts"])
-@pytest.mark.parametrize("low, high", [(0, 5), (2, 5), (3, 4)])
+@pytest.mark.parametrize("low, high", [pytest.param(0, 5, marks=pytest.mark.slow), (2, 5), (3, 4)])
 def test_masked_rows(words: str, low: int, high: int) -> None:
     module, graph = captured(words)
     torch.manual_seed(1)

@@ -93,15 +93,15 @@ LINEAR = {"num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_h
 
 QUICK = {
     "bert_questions": Case("BertForQuestionAnswering", BERT),
+    "llava": Case("llava", {**text(TEXT), **VISION, "image_token_index": 63}, {"seq": 12, "image": 8},
+                  frozenset({"vision", "text", "projector"}), 4),
     "qwen3_moe_aux": Case("Qwen3MoeForCausalLM", {**MOE, "head_dim": 8, "output_router_logits": True}),
+}
+SLOW = {
     "deepseek_v3": Case("deepseek_v3", {
         **TEXT, "num_key_value_heads": 4, "moe_intermediate_size": 8, "n_routed_experts": 8, "num_experts_per_tok": 2,
         "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8,
         "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4, "n_shared_experts": 1}),
-    "llava": Case("llava", {**text(TEXT), **VISION, "image_token_index": 63}, {"seq": 12, "image": 8},
-                  frozenset({"vision", "text", "projector"}), 4),
-}
-SLOW = {
     "siglip": Case("siglip", {**VISION, **text({**{key: TEXT[key] for key in TEXT if key != "num_key_value_heads"},
                                                 "projection_size": 16})}, {"batch": 3, "seq": 6},
                    frozenset({"vision", "text"})),

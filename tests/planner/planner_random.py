@@ -13,8 +13,13 @@ from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem
 
 
 def random_problem(random: Random) -> tuple[PlanningProblem, int]:
-    """A chain, sometimes with a branch, of uneven groups with bytes of every kind on devices of ample memory, and the
-    least memory that its saved tensors fit."""
+    """A problem of `ample`, and the least memory that its saved tensors fit."""
+    problem = ample(random)
+    return problem, min(_least_memory(problem, placement) for placement in all_placements(problem))
+
+
+def ample(random: Random) -> PlanningProblem:
+    """A chain, sometimes with a branch, of uneven groups with bytes of every kind on devices of ample memory."""
     ranks, microbatches = random.choice([2, 3, 4, 8]), random.choice([4, 9, 16, 32, 64])
     count = random.choice([ranks, 2 * ranks + 1, 34])
     heavy = random.choice([1, 10, 1000])
@@ -34,8 +39,7 @@ def random_problem(random: Random) -> tuple[PlanningProblem, int]:
         edges.append(GroupEdge(1, (count // 2,), size, size, "skip"))
     link = Link(random.choice([0, 7]), random.choice([None, 10**9]))
     topology = Topology(tuple(Device(f"d{r}", "d", 1 << 50, local_rank=r) for r in range(ranks)), link, link)
-    problem = PlanningProblem("random", tuple(groups), tuple(edges), topology, microbatches)
-    return problem, min(_least_memory(problem, placement) for placement in all_placements(problem))
+    return PlanningProblem("random", tuple(groups), tuple(edges), topology, microbatches)
 
 
 def _least_memory(problem: PlanningProblem, placement: Placement) -> int:

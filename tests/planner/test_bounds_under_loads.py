@@ -127,7 +127,7 @@ def test_bounds_of_groups_without_any_load() -> None:
                          loads=(0.0,) * 4 if n == 0 else ()) for n in range(5))
     problem = PlanningProblem("none", groups, tuple(GroupEdge(n, (n + 1,), 4, 4, f"v{n}") for n in range(4)),
                               Topology.uniform(2, latency_ns=1, bytes_per_s=10**9), 4, limits=Limits(resident_bytes=3))
-    found = plan(problem, PlanOptions(time_limit_s=3.0, threads=1))
+    found = plan(problem, PlanOptions(time_limit_s=0.7, threads=1))
     assert found.makespan_ns is not None and found.bound_ns is not None
     assert problem_bound(problem).ns <= found.bound_ns <= found.makespan_ns
     cells = CellBound(problem).improve(problem_bound(problem).ns, 0.5, 0)
@@ -136,7 +136,7 @@ def test_bounds_of_groups_without_any_load() -> None:
 
 def test_bounds_without_a_solver() -> None:
     met = 0
-    for seed in range(120):
+    for seed in range(60):
         problem = loaded_problem(seed)
         best, own = shortest(problem)
         if best == 1 << 60:
@@ -155,7 +155,7 @@ def test_bounds_without_a_solver() -> None:
                 assert load_bound(build(stages)).ns <= least, seed
             except PlanError:  # an action of no time holds its bytes for none, and the bound counts them all the same
                 assert any(0.0 in group.loads or 0.1 in group.loads for group in problem.groups), seed
-    assert met > 5  # the bounds say something
+    assert met > 3  # the bounds say something
 
 
 @pytest.mark.slow

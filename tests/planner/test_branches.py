@@ -88,7 +88,7 @@ def test_a_frozen_encoder_is_placed_without_a_backward() -> None:
     edges = tuple(replace(edge, grad_bytes=None) if edge.source in chosen else edge for edge in problem.edges)
     for shape in ("apart", "colocated", "free"):
         result = plan(problem.replace(groups=groups, edges=edges), PlanOptions(
-            time_limit_s=3.0, placement=shape, use_baselines=False, use_search=False))  # type: ignore[arg-type]
+            time_limit_s=1.0, placement=shape, use_baselines=False, use_search=False))  # type: ignore[arg-type]
         assert result.plan is not None, result.reason
         check_plan(result.plan)
 

@@ -44,7 +44,7 @@ def test_the_parts_add_up_on_two_streams_and_for_our_own_plans() -> None:
     streams = two_stream_problem(ranks=4, microbatches=8)
     _assert_whole(_named("1F1B", streams, split=True))
     found = plan(uniform_problem(ranks=4, microbatches=8, f=1, i=1, w=1, comm="0.5", activations=2, copies=1),
-                 PlanOptions(time_limit_s=1.5, use_milp=False)).plan
+                 PlanOptions(time_limit_s=0.5, use_milp=False)).plan
     assert found is not None
     _assert_whole(found)
 
@@ -83,7 +83,7 @@ def test_transfers_are_what_the_same_order_takes_longer_with_them() -> None:
 def test_memory_waits_need_memory_that_is_full() -> None:
     """The same order of a chain waits for memory where that is capped; without a cap it does not."""
     tight = uniform_problem(ranks=4, microbatches=12, f=1, i=1, w=1, layers=4, activations=2, copies=1)
-    found = plan(tight, PlanOptions(time_limit_s=1, placement="chain", use_milp=False)).plan
+    found = plan(tight, PlanOptions(time_limit_s=0.4, placement="chain", use_milp=False)).plan
     assert found is not None
     parts = bubble_parts(found)
     assert min(part.memory_ns for part in parts) > 0
@@ -101,9 +101,9 @@ def test_what_a_little_more_would_give() -> None:
         asked.append(changed)
         return plan(changed, options)
 
-    found = plan(problem, PlanOptions(time_limit_s=1, use_milp=False))
+    found = plan(problem, PlanOptions(time_limit_s=0.4, use_milp=False))
     assert found.makespan_ns is not None
-    more = what_if(problem, PlanOptions(use_milp=False), found.makespan_ns, solve, seconds=0.5)
+    more = what_if(problem, PlanOptions(use_milp=False), found.makespan_ns, solve, seconds=0.3)
     assert [item.what for item in more] == ["one more activation", "one more device", "one more microbatch"]
     cap = problem.limits.activation_bytes or 0
     assert [changed.limits.activation_bytes for changed in asked] == [2 * cap, cap, cap]

@@ -37,7 +37,7 @@ def test_the_ablation_has_a_row_for_each_rung_that_ran() -> None:
 
 def test_less_memory_costs_makespan_on_the_frontier() -> None:
     problem = uniform_problem(ranks=4, microbatches=6, f=1, i=1, w=1, activations=8, copies=1)
-    points = pareto(problem, PlanOptions(time_limit_s=4, placement="chain", use_milp=False), points=3)
+    points = pareto(problem, PlanOptions(time_limit_s=2, placement="chain", use_milp=False), points=3)
     solved = [point for point in points if point.makespan_ns is not None]
     assert len(solved) >= 2
     spans = [point.makespan_ns for point in sorted(solved, key=lambda point: point.activation_bytes)]
@@ -47,8 +47,8 @@ def test_less_memory_costs_makespan_on_the_frontier() -> None:
 def test_the_memory_objective_trades_makespan_within_epsilon() -> None:
     problem = uniform_problem(ranks=4, microbatches=6, f=1, i=1, w=1, activations=8, copies=1)
     options = {"placement": "chain", "use_milp": False}
-    fast = plan(problem, PlanOptions(time_limit_s=2, **options))  # type: ignore[arg-type]
-    lean = plan(problem, PlanOptions(time_limit_s=6, objective="memory", epsilon=0.25, **options))  # type: ignore[arg-type]
+    fast = plan(problem, PlanOptions(time_limit_s=0.5, **options))  # type: ignore[arg-type]
+    lean = plan(problem, PlanOptions(time_limit_s=1.5, objective="memory", epsilon=0.25, **options))  # type: ignore[arg-type]
     assert fast.plan and lean.plan and fast.makespan_ns and lean.makespan_ns
     assert peak_activations(lean.plan) <= peak_activations(fast.plan)
     assert lean.makespan_ns <= 1.25 * fast.makespan_ns + 1

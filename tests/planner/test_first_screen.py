@@ -17,7 +17,7 @@ def test_the_first_screen_is_true():
     zb_v = next(row for row in rows if row.name == "ZB-V")
     assert (zb_v.makespan, zb_v.parameter_copies, zb_v.peak_activations) == (43, 1, 4)
 
-    found = plan(problem, PlanOptions(time_limit_s=5, use_baselines=False))
+    found = plan(problem, PlanOptions(time_limit_s=2, use_baselines=False))
     assert [value / problem.unit_ns for value in (found.makespan_ns, found.bound_ns, found.placement_bound_ns)] == [
         41, 40, 41]
     assert found.rung == "list" and found.how.calls > 0  # HiGHS looked for better placements

@@ -95,7 +95,7 @@ def test_the_makespan_on_the_ranks_clocks_is_no_shorter_than_the_period(name: st
 def test_a_plan_for_the_period_beats_zb_h2_within_its_memory() -> None:
     problem = uniform_problem(ranks=4, microbatches=8, f=10, i=12, w=8, comm=1, activations=8, copies=1)
     rival = period_of(_named("ZB-H2", problem))
-    result = plan(problem, PlanOptions(time_limit_s=2, objective="period", use_baselines=False))
+    result = plan(problem, PlanOptions(time_limit_s=1, objective="period", use_baselines=False))
     assert result.plan is not None and result.period_ns is not None and result.period_bound_ns is not None
     check_plan(result.plan)
     assert result.period_ns == period_of(result.plan) < rival

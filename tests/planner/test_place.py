@@ -75,7 +75,7 @@ graphs = st.integers(4, 6).flatmap(lambda n: st.tuples(
     st.lists(st.integers(0, 6), min_size=n, max_size=n)))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(graph=graphs, contiguous=st.booleans())
 def test_throughput_is_optimal_on_tiny_graphs(graph, contiguous: bool, tmp_path_factory) -> None:
     data = workload(*graph)

@@ -147,7 +147,7 @@ def test_no_time_gives_no_cut() -> None:
     assert list(best_intervals(random_instance(0, 9), lambda: -1.0)) == []
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(instance=instances)
 def test_bounds_without_a_solver_hold_and_say_something(instance: PlaceInstance) -> None:
     bound = average_bound(instance)
@@ -181,7 +181,7 @@ def test_pieces_keep_an_assignment_and_its_load(seed: int, cores: int) -> None:
     assert (free.acc[merged] <= LARGEST * instance.acc.sum() / wanted + 1e-9).all()
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(instance=st.builds(random_instance, st.integers(0, 10_000), st.integers(4, 40), training=st.booleans(),
                           devices=st.integers(1, 4), cores=st.integers(0, 1), memory=st.sampled_from([400.0, 1e9])))
 def test_a_larger_space_is_never_worse(instance: PlaceInstance) -> None:
@@ -208,7 +208,7 @@ def test_a_training_graph_of_convolutions_starts_from_intervals(tmp_path: Path) 
     instance = conv_instance(tmp_path, 3, 8, 36, 3, devices=8)
     start = min(max_load(instance, device) for device in best_intervals(instance, lambda: 60.0))
     check_feasible(instance)
-    free, contiguous = (place(instance, contiguous=kind, time_limit_s=1.5, threads=1) for kind in (False, True))
+    free, contiguous = (place(instance, contiguous=kind, time_limit_s=0.8, threads=1) for kind in (False, True))
     assert free.objective <= contiguous.objective <= start
     assert free.bound >= instance.acc.sum() / 8 * (1 - 1e-9)
 
@@ -225,7 +225,7 @@ def test_a_search_without_kernels_ends_in_time_with_a_bound(monkeypatch, tmp_pat
     monkeypatch.setattr(throughput, "compiling", never)
     monkeypatch.setattr(throughput, "cool", forbidden)
     instance = conv_instance(tmp_path, 2, 2, devices=4)
-    result = place(instance, time_limit_s=2, threads=1)
+    result = place(instance, time_limit_s=1, threads=1)
     assert result.seconds < 4
     assert 0 < average_bound(instance) <= result.bound <= result.objective
     assert result.objective <= min(max_load(instance, device) for device in best_intervals(instance, lambda: 60.0))

@@ -183,7 +183,7 @@ def test_the_placement_bound_holds_with_replicas_and_modes(recompute: bool) -> N
     if not recompute:
         problem = placing.without_recomputation(problem)
     bound, _ = placement.free_bound(problem, time_limit_s=5.0, seed=0)
-    result = plan(problem, PlanOptions(time_limit_s=3.0, recompute=recompute, use_search=False))
+    result = plan(problem, PlanOptions(time_limit_s=0.7, recompute=recompute, use_search=False))
     assert bound is not None and result.makespan_ns is not None and bound <= result.makespan_ns
 
 
@@ -203,7 +203,7 @@ def _tight(copies: str, activations: str, last: str, layers: int) -> PlanningPro
 def test_plain_chains_whose_even_cuts_do_not_fit_are_placed_by_the_mip(copies: str, activations: str, last: str,
                                                                       layers: int) -> None:
     """Even cuts put too many activations on one device; what fits with one copy fits with room for two."""
-    result = plan(_tight(copies, activations, last, layers), PlanOptions(time_limit_s=4.0, threads=1))
+    result = plan(_tight(copies, activations, last, layers), PlanOptions(time_limit_s=1.5, threads=1, gap=1.0))
     assert result.plan is not None and result.termination is not Termination.INFEASIBLE
 
 

@@ -19,7 +19,7 @@ from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
 from mipipe.planner.solve import plan
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_every_proposal_is_a_valid_placement_within_the_copies(ranks: int) -> None:
     for copies in (1, 2):
         problem = uniform_problem(ranks=ranks, microbatches=4, f=1, i=2, w=1, copies=copies, layers=4 * ranks,

@@ -23,8 +23,10 @@ from mipipe.planner.schedules.zero_bubble import zb1p
 from mipipe.planner.timeline import Timeline
 
 BY_NAME = {baseline.name: baseline for baseline in BASELINES}
-SIZES = [(ranks, rounds * ranks) for ranks, rounds in ((1, 1), (1, 3), (2, 1), (2, 2), (2, 4), (4, 1), (4, 3), (8, 2))]
-TIMES = [(1, 1, 1), (2, 2, 1), (10, 12, 8), (1, 1.1, 0.9), (3, 4, 3)]
+SIZES = [(1, 3), (2, 2), (4, 12), *(pytest.param(ranks, rounds * ranks, marks=pytest.mark.slow) for ranks, rounds in (
+    (1, 1), (2, 1), (2, 4), (4, 1), (8, 2)))]
+TIMES = [(2, 2, 1), (1, 1.1, 0.9), *(pytest.param(times, marks=pytest.mark.slow) for times in (
+    (1, 1, 1), (10, 12, 8), (3, 4, 3)))]
 
 
 def unlimited(plan: Plan) -> Plan:
@@ -81,7 +83,7 @@ def exact(f, i, w) -> tuple[Fraction, Fraction, Fraction]:
 
 
 @pytest.mark.parametrize("times", TIMES)
-@pytest.mark.parametrize(("ranks", "microbatches"), [size for size in SIZES if size[0] > 1])
+@pytest.mark.parametrize(("ranks", "microbatches"), SIZES[1:])
 def test_closed_forms(ranks, microbatches, times):
     """1F1B and GPipe (P-1)(F+B); interleaved half of it; ZB-H1 (P-1)(F+B-2W) while W <= F."""
     f, i, w = exact(*times)
@@ -169,7 +171,8 @@ def test_uneven_model_on_the_even_cut():
     assert max(loads) == 3.75 * problem.unit_ns  # five layers; four leave one over beside the head
 
 
-@pytest.mark.parametrize(("ranks", "microbatches"), [(2, 8), (4, 8), (4, 16), (8, 20)])
+@pytest.mark.parametrize(("ranks", "microbatches"), [(2, 8), (4, 8), *(
+    pytest.param(*size, marks=pytest.mark.slow) for size in ((4, 16), (8, 20)))])
 def test_memory(ranks, microbatches):
     """Activations within the published bound, and reached where the bound is exact; copies of the parameters."""
     problem = uniform_problem(ranks=ranks, microbatches=microbatches, f=1, i=1, w=1)
@@ -321,10 +324,11 @@ def test_no_peer_is_weakened(ranks, microbatches, name, makespans, activations):
         assert peak(plan) == activations
 
 
-def test_a_pulled_block_needs_the_memory_of_the_repeated_one():
+@pytest.mark.parametrize("sizes", [(1, 2, 3, 4), pytest.param((6, 9), marks=pytest.mark.slow)], ids=str)
+def test_a_pulled_block_needs_the_memory_of_the_repeated_one(sizes):
     """Over all numbers of ranks and microbatches: every action once, in an order that runs, and what the block holds in
     the middle of a long step is the most that is held."""
-    for ranks in (1, 2, 3, 4, 6, 9):
+    for ranks in sizes:
         for microbatches in (1, ranks, 4 * ranks + 1):
             problem = uniform_problem(ranks=ranks, microbatches=microbatches, f=2, i=3, w=1)
             for name, most in (("V-Half", ranks // 2 + 1), ("V-Min", -(-ranks // 3) + 1), ("ZB-V", ranks)):

@@ -130,7 +130,7 @@ def random_plan(seed: int) -> Plan:
 SEEDS = st.integers(0, 2**32)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(SEEDS)
 def test_program_takes_as_long_as_the_plan(seed):
     """The lowered program simulates to the very times of the plan's order, transfers and reductions included."""
@@ -146,7 +146,7 @@ def test_program_takes_as_long_as_the_plan(seed):
     assert moved == sorted((move.start_ns, move.end_ns) for move in evaluation.transfers)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(SEEDS)
 def test_the_checker_agrees(seed):
     """The independent check finds the same makespan and the same peak memory, to the byte, in plan and program."""
@@ -167,7 +167,7 @@ def test_the_checker_agrees(seed):
                 check()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(SEEDS)
 def test_memory_equals_the_definition(seed):
     """At every moment the simulated memory is the sum the problem defines, computed here moment by moment."""
@@ -269,7 +269,7 @@ def posting_times(timeline, program, rank):
     return posted
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(SEEDS)
 def test_receives_are_posted_late_and_in_time(seed):
     """No receive delays its transfer, and none is posted before the last compute action that had ended by then."""

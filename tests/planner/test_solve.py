@@ -80,7 +80,7 @@ def test_balances_an_uneven_model(copies: int, most: int) -> None:
     assert result.makespan_ns is not None and result.makespan_ns <= most * problem.unit_ns
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(problems(tight=True))
 def test_every_plan_passes_the_check_and_respects_its_bounds(problem: PlanningProblem) -> None:
     result = _plan(problem, 1.0, use_milp=False, gap=0.5)
@@ -96,7 +96,7 @@ def test_every_plan_passes_the_check_and_respects_its_bounds(problem: PlanningPr
 
 def test_two_streams_overlap() -> None:
     problem = two_stream_problem(ranks=2, microbatches=4)
-    result = _plan(problem, 3.0)
+    result = _plan(problem, 1.0)
     assert result.plan is not None and result.makespan_ns is not None
     serial = sum(time.total_ns for group in problem.groups for time in group.times.values()) * 4 // 2
     assert result.makespan_ns < serial
@@ -108,7 +108,7 @@ def test_infeasible_memory_names_the_device_and_the_memory_that_would_do() -> No
     assert result.termination is Termination.INFEASIBLE
     assert "device0" in result.reason and "800 bytes lack" in result.reason and "limit to 8kB" in result.reason
     enough = uniform_problem(ranks=4, microbatches=8, f=1, i=1, w=1, activations=1, copies=1)
-    assert _plan(enough, 2.0, use_milp=False).plan is not None
+    assert _plan(enough, 0.5, use_milp=False).plan is not None
 
 
 def test_infeasible_weights_are_named() -> None:
@@ -142,7 +142,7 @@ def test_an_interruption_that_is_swallowed_on_its_way_still_ends_the_search() ->
 def test_progress_is_monotonic_and_starts_soon() -> None:
     seen: list[Progress] = []
     result = plan(uniform_problem(ranks=4, microbatches=8, f=10, i=12, w=8, comm=1, activations=4),
-                  PlanOptions(time_limit_s=4, use_milp=False), seen.append)
+                  PlanOptions(time_limit_s=1, use_milp=False), seen.append)
     found = [state.makespan_ns for state in seen if state.makespan_ns is not None]
     assert found == sorted(found, reverse=True) and found[-1] == result.makespan_ns
     assert [item.makespan_ns for item in result.history] == sorted(set(found), reverse=True)
@@ -158,7 +158,7 @@ def test_small_instances_are_proven_by_the_order_mip() -> None:
 def test_the_bound_of_a_shape_holds_for_cuts_there_was_no_time_for(ranks: int, microbatches: int) -> None:
     problem = uniform_problem(ranks=ranks, microbatches=microbatches, f=1, i=1, w=1, comm="0.1", layers=4 * ranks,
                               first="0.2", last="0.6", copies=1)
-    found = plan(problem, PlanOptions(time_limit_s=1, placement="interleaved"))
+    found = plan(problem, PlanOptions(time_limit_s=0.5, placement="interleaved"))
     least = min(placement_bound(view(problem, placement)).ns for placement in propose_shapes(problem, "interleaved"))
     assert found.bound_ns is not None and found.makespan_ns is not None
     assert found.bound_ns <= least
@@ -192,7 +192,7 @@ def test_the_bound_of_a_shape_holds_for_cuts_that_no_list_was_found_for(monkeypa
 
 
 def test_placements_are_listed_by_their_bounds_and_only_below_the_incumbent() -> None:
-    problem = uniform_problem(ranks=8, microbatches=8, f=1, i=1, w=1, comm="0.1", layers=32)
+    problem = uniform_problem(ranks=6, microbatches=8, f=1, i=1, w=1, comm="0.1", layers=24)
     run = Run(problem, PlanOptions(time_limit_s=120))
     enter(run)
     bounds = [found.bound.ns for found in run.candidates[1:]]  # the first is taken as it comes
@@ -230,10 +230,11 @@ def test_the_last_placement_left_is_searched_in_one_round_that_cools_over_the_ti
         begun.append((worker.seed, seconds))
         finish(worker, seconds)
 
+    limit = 5.0
     monkeypatch.setattr(search, "finish", note)
     monkeypatch.setattr(search, "LASTING", lasting)
     problem = uniform_problem(ranks=8, microbatches=20, f=10, i=12, w=8, comm=1, layers=32, copies=1, activations=4)
-    result = plan(problem, PlanOptions(time_limit_s=5, placement="wave", use_milp=False, threads=2))
+    result = plan(problem, PlanOptions(time_limit_s=limit, placement="wave", use_milp=False, threads=2))
     assert result.plan is not None and result.termination is Termination.FEASIBLE
     assert len({seed for seed, _ in begun}) == len(begun) == rounds, "one round on each thread, from seeds of their own"
-    assert all(SHARES.last_round * 5 < seconds < (1 - SHARES.until_raced) * 5 for _, seconds in begun)
+    assert all(SHARES.last_round * limit < seconds < (1 - SHARES.until_raced) * limit for _, seconds in begun)

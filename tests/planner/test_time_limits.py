@@ -44,8 +44,8 @@ def timed(problem: PlanningProblem, limit_s: float, objective: Objective = "make
 @pytest.fixture(scope="module")
 def compiled() -> None:
     """All kernels loaded, from the cache of an earlier run where there is one."""
-    plan(uniform_problem(ranks=4, microbatches=8, f=1, i=2, w=1, comm=1, layers=16), PlanOptions(time_limit_s=4.0))
-    plan(two_stream_problem(ranks=2, microbatches=4), PlanOptions(time_limit_s=2.0))
+    plan(uniform_problem(ranks=4, microbatches=8, f=1, i=2, w=1, comm=1, layers=16), PlanOptions(time_limit_s=0.5))
+    plan(two_stream_problem(ranks=2, microbatches=4), PlanOptions(time_limit_s=0.5))
 
 
 def kept(seeds: range, objectives: Sequence[Objective] = ("makespan",)) -> None:
@@ -67,12 +67,12 @@ def kept(seeds: range, objectives: Sequence[Objective] = ("makespan",)) -> None:
 
 
 def test_random_problems_keep_a_limit_of_a_second(compiled: None) -> None:
-    kept(range(5))
+    kept(range(3))
 
 
 @pytest.mark.slow
 def test_many_random_problems_keep_a_limit_of_a_second(compiled: None) -> None:
-    kept(range(5, 80))
+    kept(range(3, 80))
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from mipipe.planner.schedules import BASELINES
 from mipipe.planner.solve import plan
 
 sys.path.insert(0, str(Path(__file__).parent))
-from planner_random import random_problem
+from planner_random import ample
 
 ONE = next(item for item in BASELINES if item.name == "1F1B")
 
@@ -40,7 +40,7 @@ def with_updates(problem, updates):
 def test_a_step_ends_with_the_slowest_update(seed):
     """Every rank's update follows its last action; the makespan is the end of the last of them."""
     random = Random(seed)
-    problem, _ = random_problem(random)
+    problem = ample(random)
     updates = [random.choice([0, 0, random.randrange(1, 5000)]) for _ in problem.groups]
     problem = with_updates(problem, updates)
     found = ONE.plan(problem, split=random.random() < 0.5, cut="balanced")

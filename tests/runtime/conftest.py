@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,9 +24,8 @@ def pool() -> Iterator[Pool]:
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
-    """One thread, as in the workers; and no debug records of every traced operator."""
+    """One thread, as in the workers."""
     torch.set_num_threads(1)
-    logging.getLogger("torch.__trace").disabled = True
 
 
 @pytest.fixture(autouse=True)

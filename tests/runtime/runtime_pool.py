@@ -39,6 +39,7 @@ def worker_main(rank: int, connection: Any, log: str) -> None:
     import torch
     import torch.distributed as dist
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported is no garbage, and takes long to look through
     modules: dict[str, Any] = {}
     while True:
         try:
@@ -52,6 +53,7 @@ def worker_main(rank: int, connection: Any, log: str) -> None:
                 modules[path] = importlib.util.module_from_spec(spec)
                 sys.modules[Path(path).stem] = modules[path]
                 spec.loader.exec_module(modules[path])
+                gc.freeze()
             connection.send(("ready", None))
             connection.recv()  # all are
             dist.init_process_group("gloo", rank=rank, world_size=world, store=dist.FileStore(store, world),

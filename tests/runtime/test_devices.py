@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -92,27 +90,23 @@ def test_workers_agree_before_there_is_a_group():
     assert answers([None, "cpu"], 0.3)[1] == "rank 1: nothing from rank 0 for 0.3 s; it hangs or never started"
 
 
-DETERMINISTIC = """
-import os, torch
-from mipipe.runtime.train.launching import devices
-devices.deterministic()
-print(torch.are_deterministic_algorithms_enabled(), os.environ["CUBLAS_WORKSPACE_CONFIG"])
-try:
-    torch.nn.functional.max_unpool1d(torch.ones(1, 1, 1), torch.zeros(1, 1, 1, dtype=torch.int64), 2)
-except RuntimeError as error:
-    print("does not have a deterministic implementation" in str(error))
-os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"
-devices.deterministic()
-print(os.environ["CUBLAS_WORKSPACE_CONFIG"])
-"""
-
-
-def test_deterministic_kernels_or_none():
+def test_deterministic_kernels_or_none(monkeypatch):
     """What has no such form raises; and it is said to cuBLAS, unless the user has."""
-    environment = {key: value for key, value in os.environ.items() if key != "CUBLAS_WORKSPACE_CONFIG"}
-    done = subprocess.run([sys.executable, "-c", DETERMINISTIC], env=environment, capture_output=True, text=True,
-                          timeout=120)
-    assert done.stdout.split() == ["True", ":4096:8", "True", ":16:8"], done.stderr
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is as it was in the end
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    try:
+        devices.deterministic()
+        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+            torch.nn.functional.max_unpool1d(torch.ones(1, 1, 1), torch.zeros(1, 1, 1, dtype=torch.int64), 2)
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+        devices.deterministic()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_worker_binds_its_device(monkeypatch):

@@ -296,8 +296,9 @@ def test_choices_are_drawn_for_all_tokens(tmp_path, team, fits):
         check_team(plan, graph, replace(config, experts=ExpertsConfig(elastic=ElasticExperts(4, 0.5))))
 
 
-@pytest.mark.parametrize("team", [Team({"tensor": 2}), Team({"tensor": 2}, modes=SEQUENCE), Team({"context": 3}),
-                                  Team({"context": 2, "tensor": 3}, modes=SEQUENCE), Team({"tensor": 4})],
+@pytest.mark.parametrize("team", [Team({"tensor": 2}, modes=SEQUENCE), Team({"context": 3}), *(
+    pytest.param(team, marks=pytest.mark.slow) for team in (
+        Team({"tensor": 2}), Team({"context": 2, "tensor": 3}, modes=SEQUENCE), Team({"tensor": 4})))],
                          ids=lambda team: f"{team.text()} {'sequence' if team.modes else ''}")
 def test_members_send_their_part_of_the_tokens(team):
     """Every member has all experts of a device, of whose gradients it has a part of the sum, and its part of the rows,

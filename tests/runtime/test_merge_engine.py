@@ -58,7 +58,8 @@ def test_planning_knows_how_often_and_over_what_a_method_measures(name, root, tm
             assert is_whole(unit) == (method.spec.whole and unit.tensor_class in method.spec.classes)
 
 
-@pytest.mark.parametrize("name", ["ties", "frank", "doge", "tsvm", "dare_ties"])
+@pytest.mark.parametrize("name", ["ties", "frank", "doge", *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ("tsvm", "dare_ties"))])
 def test_portions_and_reading_ahead_do_not_show_in_the_result(name, root, tmp_path, monkeypatch):
     """Tiles of three rows, portions of one to many tiles, none to three steps read ahead."""
     for module in (steps, merge_costs):

@@ -96,7 +96,7 @@ def test_every_mode(pool, made, name, members):
 
 def test_a_program_does_not_run_on_another_team():
     """A team without the program's axis, or of another size, is named before anything is sent."""
-    graph = equal.case("vlm-lora").graph
+    graph = equal.case("llama").graph
     programs = (member_program(graph, trace, "tensor", 2) for trace in graph.traces)
     program = next(item for item in programs if any(op.kind == "mipipe.all_reduce.default"
                                                     for op in item.trace.phase_operators(Phase.F)))

@@ -168,7 +168,7 @@ def test_one_branch_or_branches_that_are_alike_are_plain_grpo():
     assert abs(other[0] - plain[0]) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["asympo", "spo"])
+@pytest.mark.parametrize("name", ["asympo", pytest.param("spo", marks=pytest.mark.slow)])
 def test_groups_without_a_difference_teach_nothing(name):
     loss, gradients, *_ = stepped(name, {"rewards": torch.full((6,), 0.7, dtype=torch.float64)}, {})
     assert loss == pytest.approx(0.0, abs=1e-15)
@@ -203,8 +203,9 @@ def test_what_a_batch_lacks_is_one_line(change, text):
 
 
 @pytest.mark.parametrize("name, options, key", [
-    ("grpo", {}, "old_log_probs"), ("grpo", {"distill": 0.5}, "teacher_log_probs"), ("dpo", {}, "reference_log_probs"),
-    ("fuse", {"labels": 0.7, "top": 4}, "fused_probs"), ("rift", {}, "rewards")])
+    ("grpo", {"distill": 0.5}, "teacher_log_probs"), ("fuse", {"labels": 0.7, "top": 4}, "fused_probs"), *(
+        pytest.param(*case, marks=pytest.mark.slow) for case in (
+            ("grpo", {}, "old_log_probs"), ("dpo", {}, "reference_log_probs"), ("rift", {}, "rewards")))])
 def test_numbers_that_are_none_are_refused_before_the_step(name, options, key):
     graph, whole = whole_and_graph(name, **options)
     whole[key] = whole[key].clone()

@@ -85,8 +85,8 @@ def test_what_passes_between_modes_is_what_members_send(llava, profiles, common,
     assert bool(changed) == ("batch" in modes.values())  # five patches: the tower's values are whole otherwise
 
 
-@pytest.mark.parametrize("zero", [0, *(pytest.param(zero, marks=pytest.mark.slow) for zero in (1, 2)), 3])
-@pytest.mark.parametrize("context", [1, 2])
+@pytest.mark.parametrize("zero, context", [(0, 1), (3, 2), *(
+    pytest.param(*case, marks=pytest.mark.slow) for case in ((0, 2), (1, 1), (1, 2), (2, 1), (2, 2), (3, 1)))])
 def test_a_layer_by_samples_by_hand(llava, zero, context):
     """Parameters whole; gradients are summed over the tensor axis, the context and the copies at once where each keeps
     all of them, else the parts, of context members and copies, over the tensor axis; products, kept bytes and kernels

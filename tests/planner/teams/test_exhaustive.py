@@ -75,7 +75,7 @@ def test_no_degrees_are_below_the_least_seconds(model_of, name):
 
 def test_searched_degrees_equal_those_of_trying_all_orders(pieces):
     """Eight devices, six layers, memory for few microbatches, ranks and copies free."""
-    compare(pieces, machine(60 * 10**6, **SLOW), 8, {"context": 1, "zero": 1, "tensor": 1}, 1, 5.0, 0.1)
+    compare(pieces, machine(60 * 10**6, **SLOW), 8, {"context": 1, "zero": 1, "tensor": 1}, 1, 2.5, 0.1)
 
 
 @pytest.mark.slow

@@ -21,9 +21,10 @@ from mipipe.runtime.engine.compiling.compile import divided_alike
 from mipipe.runtime.engine.compiling.team import member_graph
 from mipipe.runtime.experts.layers import expert_layers
 
-DEGREES = [Degrees(tensor=4), Degrees(tensor=2, sequence=True, copies=2), Degrees(context=2), Degrees(context=4),
-           Degrees(context=2, copies=2), Degrees(tensor=2, context=2, copies=2), Degrees(copies=4), Degrees(copies=3),
-           Degrees(copies=24), Degrees(tensor=2, copies=5)]
+DEGREES = [Degrees(tensor=2, sequence=True, copies=2), Degrees(tensor=2, context=2, copies=2), Degrees(copies=3), *(
+    pytest.param(degrees, marks=pytest.mark.slow) for degrees in (
+        Degrees(tensor=4), Degrees(context=2), Degrees(context=4), Degrees(context=2, copies=2), Degrees(copies=4),
+        Degrees(copies=24), Degrees(tensor=2, copies=5)))]
 SENT = [Degrees(copies=4, expert=2), Degrees(copies=6, expert=2), Degrees(tensor=2, sequence=True, copies=6, expert=4),
         Degrees(context=2, copies=4, expert=2)]
 FAMILIES = {

@@ -55,12 +55,13 @@ def test_encoders_are_what_others_read_and_tokens_do_not_reach(llava, llama, mon
     assert found(llava) == ()
 
 
-@pytest.mark.parametrize("given", [{"zero": 1}, {"sequence": 2, "ranks": 1}], ids=str)
-def test_every_combination_is_there_in_each_mode_at_its_price(llava, given):
+@pytest.mark.parametrize("given, devices", [({"zero": 1}, 2), ({"sequence": 2, "ranks": 1}, 4), pytest.param(
+    {"zero": 1}, 4, marks=pytest.mark.slow)], ids=str)
+def test_every_combination_is_there_in_each_mode_at_its_price(llava, given, devices):
     """Points and bounds are those of both searches with fixed modes, and no others; one mode has one price, chosen or
     given."""
     machine = small()
-    free, *fixed = (DegreeSpace(Pricer(model_pieces(llava, modes), machine), 4, 8, given, None, None)
+    free, *fixed = (DegreeSpace(Pricer(model_pieces(llava, modes), machine), devices, 8, given, None, None)
                     for modes in (None, *FIXED.values()))
     points = {point.degrees: point for point in free.all()}
     assert {degrees.batch_branches for degrees in points} == set(FIXED)
