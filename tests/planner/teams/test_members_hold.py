@@ -24,9 +24,9 @@ from mipipe.runtime.experts.layers import expert_layers
 DEGREES = [Degrees(tensor=2, sequence=True, copies=2), Degrees(tensor=2, context=2, copies=2), Degrees(copies=3), *(
     pytest.param(degrees, marks=pytest.mark.slow) for degrees in (
         Degrees(tensor=4), Degrees(context=2), Degrees(context=4), Degrees(context=2, copies=2), Degrees(copies=4),
-        Degrees(copies=24), Degrees(tensor=2, copies=5)))]
+        Degrees(copies=24), Degrees(tensor=2, copies=5), Degrees(context=2, copies=3)))]
 SENT = [Degrees(copies=4, expert=2), Degrees(copies=6, expert=2), Degrees(tensor=2, sequence=True, copies=6, expert=4),
-        Degrees(context=2, copies=4, expert=2)]
+        Degrees(context=2, copies=5, expert=2)]
 FAMILIES = {
     "llama": {}, "tied": {"tie_word_embeddings": True}, "fewer keys": {"num_key_value_heads": 2},
     "fused": {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "pad_token_id": 0},
