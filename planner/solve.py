@@ -202,8 +202,13 @@ def _first_plans(run: Run) -> large.Tuning | None:
 
 
 def _activities(run: Run, tuning: large.Tuning | None) -> list[Activity]:
-    """What the options allow beside annealing."""
+    """What the options allow beside annealing, in the order in which each has its first turn: moves come before what
+    asks HiGHS, whose first slices together may be all the time there is."""
     slice_s = min(1.0, max(0.2, SHARES.first_slice * run.options.time_limit_s))
+    found: list[Activity] = []
+    if run.options.use_search:
+        moving = Moving(run)
+        found.append(Activity("moving", moving.step, slice_s, progress=lambda: moving.gained, wide=moving.step))
     steps: dict[str, Callable[[float], bool]] = {"bound": Tightening(run).step}
     if run.options.use_milp:
         steps |= {"pacing": Pacing(run).step, "proposing": Proposing(run, take).step, "proving": Proving(run).step,
@@ -215,13 +220,9 @@ def _activities(run: Run, tuning: large.Tuning | None) -> list[Activity]:
         steps["quotas"] = tuning.step
     if run.options.use_search:
         steps["repeating"] = Repeating(run).step
-    found = [Activity(name, step, slice_s) for name, step in steps.items()]
+    found += [Activity(name, step, slice_s) for name, step in steps.items()]
     if run.options.use_milp:
         found.append(Activity("indexing", Indexing(run).step, SHARES.whole_model * run.options.time_limit_s))
-    if run.options.use_search:
-        moving = Moving(run)
-        found.append(Activity("moving", moving.step, slice_s, progress=lambda: moving.gained,
-                              wide=moving.step))
     return found
 
 

@@ -31,7 +31,7 @@ Moments = dict[tuple[int, ActionKind, int], int]
 def inherit(run: Run, found: Candidate) -> bool:
     """Offer a candidate the best plan's order; whether it was shorter than what the candidate had."""
     best = run.best
-    if best is None or best is found or best.best is None or best.best.schedule.has_pairs or found.two_streams:
+    if best is None or best is found or best.best is None or best.best.schedule.has_pairs:
         return False
     orders = inherited(moments_of(best.view, best.best.schedule), found.instance, lambda: run.left <= 0)
     return orders is not None and offer_orders(run, found, orders, RUNG, best.lineage)
@@ -47,15 +47,20 @@ def moments_of(view: StageView, schedule: Schedule) -> Moments:
 
 def inherited(known: Moments, instance: Instance, stop: Callable[[], bool]) -> Orders | None:
     """The shortest schedule found that starts actions in the order of their groups' mean moments; None where it breaks
-    the memory, or where an action has no moment (forwards that run again, phases in one there and in two here)."""
+    the memory, or where an action has no moment. Actions that only this placement has (forwards that run again, an
+    input gradient of a stage whose groups had weight gradients alone) start with the phase that reads what they make.
+    """
     moments = np.zeros(instance.size)
     rows = zip(instance.depth.tolist(), instance.kind.tolist(), instance.own_microbatch.tolist(), strict=True)
     stages = instance.view.placement.stages
     for n, (stage, kind, m) in enumerate(rows):
-        starts = [known.get((group, KINDS[kind], m)) for group in stages[stage].groups]
-        if any(start is None for start in starts):
+        for phase in KINDS[kind:]:
+            starts = [known[group, phase, m] for group in stages[stage].groups if (group, phase, m) in known]
+            if starts:
+                break
+        else:
             return None
-        moments[n] = sum(filter(None, starts)) / len(starts)
+        moments[n] = sum(starts) / len(starts)
     for c in range(len(instance.base) - 1):  # a class keeps its own order
         own = slice(instance.base[c], instance.base[c + 1])
         moments[own] = np.maximum.accumulate(moments[own])

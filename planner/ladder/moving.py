@@ -29,6 +29,7 @@ from mipipe.planner.ladder.state import Run
 from mipipe.planner.placements.cuts import earliest_end
 from mipipe.planner.placements.moves import drawn, is_movable
 from mipipe.planner.placements.shapes import resident_fits
+from mipipe.planner.plan import Placement
 from mipipe.planner.search import annealing
 from mipipe.planner.search.orders import Orders
 from mipipe.planner.sizes import NEVER_NS, VERY_MANY
@@ -36,8 +37,9 @@ from mipipe.planner.sizes import NEVER_NS, VERY_MANY
 MOVING = "moved stages"
 """What the search is called where a plan says how it came about."""
 
-DEVIATION = 0.002
-"""Share of its record by which a line may become longer on its way."""
+DEVIATION, FARTHEST = 0.002, 0.1
+"""Shares of its record by which a line may become longer on its way: at first, doubled whenever all neighbours of where
+it stands were tried in vain; and at most."""
 
 SEVERAL = 3
 """Placements drawn for a try: the one whose busiest rank can end first is tried."""
@@ -54,7 +56,8 @@ class Line:
     """From a candidate's placement to others: ``found`` is where it stands, ``latest`` the moments of its actions,
     ``left_ns`` the shortest makespan where it stood before, ``misses`` the tries since its record, ``drawn`` the
     neighbours drawn in vain since the last try, ``looked_at`` the stages and routes of those that do not come again
-    until all have been tried, ``tries`` how many of them were."""
+    until all have been tried, ``tries`` how many of them were, ``deviation`` the share by which it may become longer
+    now."""
 
     found: Candidate
     latest: Moments = field(default_factory=dict)
@@ -64,6 +67,7 @@ class Line:
     drawn: int = 0
     looked_at: set[tuple[object, ...]] = field(default_factory=set)
     tries: int = 0
+    deviation: float = DEVIATION
 
     @property
     def promise(self) -> float:
@@ -77,8 +81,8 @@ class Line:
 
     @property
     def allowed_ns(self) -> int:
-        """Below what the next makespan must be."""
-        return round(self.record_ns * (1 + DEVIATION))
+        """Below what the next makespan must be: the record itself will do, however short it is."""
+        return round(self.record_ns * (1 + self.deviation)) + 1
 
     def go_on(self, found: Candidate) -> None:
         """Stand at another placement."""
@@ -86,7 +90,7 @@ class Line:
         self.found, self.seen_ns = found, NEVER_NS
         self.begin_again()
         if found.makespan_ns < self.left_ns:
-            self.misses = 0
+            self.misses, self.deviation = 0, DEVIATION
 
     def begin_again(self) -> None:
         """Let all neighbours come again."""
@@ -179,7 +183,7 @@ class Moving:
             return
         for found in run.candidates:
             if (found not in self.known and found.best is not None and not found.best.schedule.has_pairs
-                    and not found.two_streams and 3 * found.view.num_stages * run.problem.num_microbatches <= VERY_MANY
+                    and 3 * found.view.num_stages * run.problem.num_microbatches <= VERY_MANY
                     and is_movable(run.problem, found.placement)):
                 self.lines.append(Line(found))
             self.known.add(found)
@@ -236,7 +240,7 @@ class Moving:
         while line.drawn < DRAWN and time.monotonic() < end and not run.closed:
             clock.ask()
             line.drawn += 1
-            several = [one for one in (drawn(run.problem, line.found.placement, self.rng) for _ in range(SEVERAL))
+            several = [one for one in (self._drawn(line) for _ in range(SEVERAL))
                        if one is not None and (one.stages, one.routes) not in line.looked_at
                        and resident_fits(run.problem, one)]
             ends = [earliest_end(run.problem, one, self.heads) for one in several]
@@ -257,4 +261,9 @@ class Moving:
                 return found
         if line.drawn >= DRAWN and line.tries:  # of all that are worth it every one was tried: for longer next time
             line.begin_again()
+            line.deviation = min(FARTHEST, 2 * line.deviation)
         return None
+
+    def _drawn(self, line: Line) -> Placement | None:
+        """A placement a move or two from where a line stands."""
+        return drawn(self.run.problem, line.found.placement, self.rng, again=self.run.recomputes)

@@ -1,15 +1,21 @@
-"""Placements next to a given one: a boundary moved, a unit with another host, hosts exchanged, microbatches rerouted.
+"""Placements next to a given one: units that join another stage, take another host or part, microbatches rerouted.
 
-A *host* is what a stage says of where it runs: its ranks, the rank of every microbatch, and whether F runs again. Moves
-only hand hosts of the placement from unit to unit (groups that must stay together), so copies stay copies and mirror
-images stay mirror images (`neighbour`); or they make new hosts, by which replicas share microbatches as no shape has it
-(`rerouted`). F runs again only where all groups of the stage that comes of it can.
+A *host* is what a stage says of where it runs: its ranks, the rank of every microbatch, and whether F runs again. A
+placement is taken apart into units (groups that must stay together, `mipipe.planner.placements.cuts.units`), each with
+a host and the stage it is in, whatever the graph: what is beside a unit are the units that its values go to and come
+from, and those before and after it by number. What a move leaves of a stage is put together anew (`UnitHosts`), so that
+stages are of one stream and in topological order. `neighbour` only hands hosts of the placement from unit to unit, so
+copies stay copies and mirror images stay mirror images; `rerouted`, `elsewhere` and `toggled` make new hosts, by which
+replicas share microbatches as no shape has it. F runs again only where all groups of the stage that comes of it can.
 """
 
 from __future__ import annotations
 
+import heapq
 import random
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 from mipipe.planner.placements.cuts import units
 from mipipe.planner.plan import Placement, Stage
@@ -18,78 +24,136 @@ from mipipe.planner.problem import PlanningProblem
 Host = tuple[tuple[int, ...], tuple[int, ...], bool]
 """Ranks, the rank of every microbatch, and whether F runs again."""
 
-KINDS = ("boundary", "boundary", "boundary", "exchange", "rehost", "stages")
-"""Moves, as often as they are drawn: the first or last unit of a stage joins the stage beside it; two units exchange
-hosts; a unit takes the host of another; two stages exchange hosts."""
+KINDS = ("boundary", "boundary", "boundary", "exchange", "rehost", "stages", "part")
+"""Moves, as often as they are drawn: a unit joins the stage of one beside it; two units exchange hosts; a unit takes
+the host of another; two stages exchange hosts; a unit becomes a stage of its own."""
+
+JOINING = 0.75
+"""How often a unit joins the stages beside it that have the host it was given; else it is a stage of its own."""
+
+ELSEWHERE = 0.1
+"""How often a unit or a stage goes to one rank, whichever, for all microbatches."""
 
 MOVED = "+moved"
 """What the name of a placement ends in that is no longer what was proposed."""
 
 
 class UnitHosts:
-    """A placement unit by unit: the host of each, and whether it begins a stage."""
+    """A placement unit by unit: the host of each, and the label of the stage it is in.
+
+    ``beside``: pairs of units with a value between them, or that follow each other by number.
+    """
 
     def __init__(self, problem: PlanningProblem, placement: Placement) -> None:
-        """Raise `ValueError` where a stage is no run of consecutive whole units."""
+        """Raise `ValueError` where the groups of a unit have several hosts."""
+        self.problem = problem
         self.blocks = [tuple(block) for block in units(problem)]
-        self.again = [group.recompute_bytes is not None for group in problem.groups]
+        stage_of = {g: s for s, stage in enumerate(placement.stages) for g in stage.groups}
+        unit_of = {g: u for u, block in enumerate(self.blocks) for g in block}
         self.hosts: list[Host] = []
-        self.begins: list[bool] = []
-        paired = zip(placement.stages, placement.routes, strict=True)
-        for stage, route in sorted(paired, key=lambda pair: pair[0].groups):
-            at, first = 0, True
-            while at < len(stage.groups):
-                block = self.blocks[len(self.hosts)]
-                if stage.groups[at:at + len(block)] != block:
-                    raise ValueError("a stage that is no run of whole units")
-                self.hosts.append((stage.ranks, route, stage.recompute))
-                self.begins.append(first)
-                at, first = at + len(block), False
+        self.labels: list[int] = []
+        for block in self.blocks:
+            own = sorted({stage_of[g] for g in block})
+            hosts = {(placement.stages[s].ranks, placement.routes[s]) for s in own}
+            if len(hosts) > 1:
+                raise ValueError("a unit on several hosts")
+            self.hosts.append((*hosts.pop(), any(placement.stages[s].recompute for s in own)))
+            self.labels.append(own[0])
+            for other in {self.labels[unit_of[g]] for s in own[1:] for g in placement.stages[s].groups
+                          if unit_of[g] < len(self.labels)}:  # stages that a unit is in both of go on as one
+                self.labels = [own[0] if label == other else label for label in self.labels]
+        linked = {(unit_of[edge.source], unit_of[target]) for edge in problem.edges for target in edge.targets}
+        self.beside = sorted({(u, v) for u, v in linked | set(pairwise(range(len(self.blocks)))) if u != v})
 
     def placement(self, name: str) -> Placement:
-        """The placement of the hosts and beginnings as they are."""
-        stages: list[Stage] = []
-        routes: list[tuple[int, ...]] = []
-        for b, (block, host) in enumerate(zip(self.blocks, self.hosts, strict=True)):
-            if b and not self.begins[b] and host == self.hosts[b - 1]:
-                stages[-1] = replace(stages[-1], groups=(*stages[-1].groups, *block))
-            else:
-                stages.append(Stage(block, host[0], host[2]))
-                routes.append(host[1])
-        kept = tuple(stage if not stage.recompute or all(self.again[g] for g in stage.groups)
-                     else replace(stage, recompute=False) for stage in stages)
-        return Placement(kept, tuple(routes), name)
+        """The placement of the hosts and labels as they are; a label is several stages where one would mix streams or
+        not be convex."""
+        problem = self.problem
+        sources: list[set[int]] = [set() for _ in problem.groups]
+        for edge in problem.edges:
+            for target in edge.targets:
+                sources[target].add(edge.source)
+        stages: list[list[int]] = []
+        owner: list[int] = []
+        after: list[set[int]] = []
+        stage_of = [0] * len(problem.groups)
+        latest: dict[tuple[int, str], int] = {}
+        for u, block in enumerate(self.blocks):
+            for g in block:
+                key = self.labels[u], problem.groups[g].stream
+                before, into = {stage_of[one] for one in sources[g]}, latest.get(key)
+                if into is None or any(_reaches(after, into, one) for one in before - {into}):
+                    into = latest[key] = len(stages)
+                    stages.append([])
+                    owner.append(u)
+                    after.append(set())
+                stages[into].append(g)
+                stage_of[g] = into
+                for one in before - {into}:
+                    after[one].add(into)
+        order = _topological(after)
+        made = []
+        for s in order:
+            ranks, _, again = self.hosts[owner[s]]
+            can = all(problem.groups[g].recompute_bytes is not None for g in stages[s])
+            made.append(Stage(tuple(stages[s]), ranks, again and can))
+        return Placement(tuple(made), tuple(self.hosts[owner[s]][1] for s in order), name)
 
-    def shift(self, boundary: int, *, left: bool) -> None:
-        """Let the unit behind a boundary join the stage before it, or (``left`` False) the one before join the next."""
-        if left:
-            self.hosts[boundary] = self.hosts[boundary - 1]
-            self.begins[boundary] = False
-            if boundary + 1 < len(self.begins):
-                self.begins[boundary + 1] = True
-        else:
-            self.hosts[boundary - 1] = self.hosts[boundary]
-            self.begins[boundary - 1], self.begins[boundary] = True, False
+    def apart(self, unit: int) -> None:
+        """Let a unit be a stage of its own."""
+        self.labels[unit] = max(self.labels) + 1
 
-    def give(self, unit: int, host: Host) -> None:
-        """Give a unit a host; it joins a stage beside it that has the same one."""
-        self.hosts[unit] = host
-        self.begins[unit] = unit == 0 or self.hosts[unit - 1] != host
-        if unit + 1 < len(self.hosts):
-            self.begins[unit + 1] = self.hosts[unit + 1] != host
+    def join(self, unit: int, other: int) -> None:
+        """Let a unit join the stage of another."""
+        self.hosts[unit], self.labels[unit] = self.hosts[other], self.labels[other]
 
-    def stage_of(self, unit: int) -> range:
+    def give(self, given: Sequence[int], host: Host, *, join: bool = True) -> None:
+        """Give some units of one stage, or one unit, a host; they are a stage, or (``join``) one with the stages beside
+        them that have the same one."""
+        own = max(self.labels) + 1
+        for unit in given:
+            self.hosts[unit], self.labels[unit] = host, own
+        if join:
+            beside = {v for pair in self.beside for u, v in (pair, pair[::-1]) if u in given and self.hosts[v] == host}
+            merged = {self.labels[v] for v in beside}
+            self.labels = [own if label in merged else label for label in self.labels]
+
+    def stage_of(self, unit: int) -> list[int]:
         """The units of the stage that a unit is in."""
-        first, last = unit, unit + 1
-        while not self.begins[first]:
-            first -= 1
-        while last < len(self.begins) and not self.begins[last]:
-            last += 1
-        return range(first, last)
+        return [u for u, label in enumerate(self.labels) if label == self.labels[unit]]
+
+
+def _reaches(after: Sequence[set[int]], one: int, other: int) -> bool:
+    """Whether values get from a stage to another."""
+    waiting, seen = [one], {one}
+    while waiting:
+        for following in after[waiting.pop()] - seen:
+            if following == other:
+                return True
+            seen.add(following)
+            waiting.append(following)
+    return False
+
+
+def _topological(after: Sequence[set[int]]) -> list[int]:
+    """The stages in topological order, by number where that leaves a choice."""
+    waits = [0] * len(after)
+    for following in after:
+        for s in following:
+            waits[s] += 1
+    ready = [s for s, count in enumerate(waits) if not count]
+    order = []
+    while ready:
+        order.append(heapq.heappop(ready))
+        for s in after[order[-1]]:
+            waits[s] -= 1
+            if not waits[s]:
+                heapq.heappush(ready, s)
+    return order
 
 
 def unit_hosts(problem: PlanningProblem, placement: Placement) -> UnitHosts | None:
-    """A placement unit by unit; None where a stage is no run of consecutive whole units, as moves take it."""
+    """A placement unit by unit, as moves take it; None where the groups of a unit have several hosts."""
     try:
         return UnitHosts(problem, placement)
     except ValueError:
@@ -97,7 +161,7 @@ def unit_hosts(problem: PlanningProblem, placement: Placement) -> UnitHosts | No
 
 
 def is_movable(problem: PlanningProblem, placement: Placement) -> bool:
-    """Whether a placement has moves: every stage a run of whole units, at least two hosts."""
+    """Whether a placement has moves: units that are whole, on at least two hosts."""
     found = unit_hosts(problem, placement)
     return found is not None and len(set(found.hosts)) > 1
 
@@ -107,12 +171,18 @@ def moved_name(placement: Placement) -> str:
     return placement.name if placement.name.endswith(MOVED) else placement.name + MOVED
 
 
-def drawn(problem: PlanningProblem, placement: Placement, rng: random.Random) -> Placement | None:
+def drawn(problem: PlanningProblem, placement: Placement, rng: random.Random, *,
+          again: bool = False) -> Placement | None:
     """A placement one or two moves away; of M microbatches one move in M + 1 reroutes some, as that changes about the
-    M-th part of a stage's work. None where a move comes to nothing."""
+    M-th part of a stage's work. None where a move comes to nothing. ``again``: forwards may run again, or no more."""
     found: Placement | None = placement
     for _ in range(rng.choice((1, 1, 2))):
-        move = rerouted if rng.random() * (problem.num_microbatches + 1) < 1 else neighbour
+        if rng.random() * (problem.num_microbatches + 1) < 1:
+            move = rerouted
+        elif rng.random() < ELSEWHERE:
+            move = toggled if again and rng.random() < 0.5 else elsewhere
+        else:
+            move = neighbour
         found = found and move(problem, found, rng)
     return found
 
@@ -127,8 +197,9 @@ def neighbour(problem: PlanningProblem, placement: Placement, rng: random.Random
         return None
     move, one, two = rng.choice(KINDS), *rng.sample(range(size), 2)
     if move == "boundary":
-        boundary = rng.choice([b for b in range(1, size) if found.begins[b]] or [one or two])
-        found.shift(boundary, left=rng.random() < 0.5)
+        pairs = [pair for pair in found.beside if found.labels[pair[0]] != found.labels[pair[1]]]
+        one, two = rng.choice(pairs)
+        found.join(*((one, two) if rng.random() < 0.5 else (two, one)))
     elif move == "stages":
         first, second = found.stage_of(one), found.stage_of(two)
         here, there = found.hosts[one], found.hosts[two]
@@ -136,11 +207,18 @@ def neighbour(problem: PlanningProblem, placement: Placement, rng: random.Random
             found.hosts[unit] = there
         for unit in second:
             found.hosts[unit] = here
+    elif move == "part":
+        found.apart(one)
     else:
-        here, there = found.hosts[one], found.hosts[two]
-        found.give(one, there)
+        here, there, join = found.hosts[one], found.hosts[two], rng.random() < JOINING
+        found.give([one], there, join=join)
         if move == "exchange":
-            found.give(two, here)
+            found.give([two], here, join=join)
+    return _made(found, placement)
+
+
+def _made(found: UnitHosts, placement: Placement) -> Placement | None:
+    """What moves made of a placement; None where that is the same."""
     made = found.placement(moved_name(placement))
     return None if (made.stages, made.routes) == (placement.stages, placement.routes) else made
 
@@ -156,7 +234,7 @@ def rerouted(problem: PlanningProblem, placement: Placement, rng: random.Random)
         return None
     unit = rng.randrange(len(found.blocks))
     _, route, again = found.hosts[unit]
-    moved = found.stage_of(unit) if rng.random() < 0.5 else range(unit, unit + 1)
+    moved = found.stage_of(unit) if rng.random() < 0.5 else [unit]
     if any(problem.groups[g].single for u in moved for g in found.blocks[u]):
         return None
     changed, one, two = list(route), rng.randrange(len(route)), rng.randrange(len(route))
@@ -164,9 +242,8 @@ def rerouted(problem: PlanningProblem, placement: Placement, rng: random.Random)
         changed[one], changed[two] = route[two], route[one]
     else:
         changed[one] = rng.choice([rank for rank in range(problem.num_ranks) if rank != route[one]])
-    for u in moved:
-        found.give(u, (tuple(sorted(set(changed))), tuple(changed), again))
-    return found.placement(moved_name(placement))
+    found.give(moved, (tuple(sorted(set(changed))), tuple(changed), again))
+    return _made(found, placement)
 
 
 def toggled(problem: PlanningProblem, placement: Placement, rng: random.Random) -> Placement | None:
@@ -181,12 +258,14 @@ def toggled(problem: PlanningProblem, placement: Placement, rng: random.Random) 
 
 
 def elsewhere(problem: PlanningProblem, placement: Placement, rng: random.Random) -> Placement | None:
-    """A placement in which one unit runs on one rank, whichever, for all microbatches; None where it does already."""
+    """A placement in which one unit, or the whole stage that it is in, runs on one rank, whichever, for all
+    microbatches; None where it does already."""
     found = unit_hosts(problem, placement)
     if found is None:
         return None
     unit, rank = rng.randrange(len(found.blocks)), rng.randrange(problem.num_ranks)
     if found.hosts[unit][0] == (rank,):
         return None
-    found.give(unit, ((rank,), (rank,) * problem.num_microbatches, found.hosts[unit][2]))
+    moved = found.stage_of(unit) if rng.random() < 0.5 else [unit]
+    found.give(moved, ((rank,), (rank,) * problem.num_microbatches, found.hosts[unit][2]), join=rng.random() < JOINING)
     return found.placement(moved_name(placement))
