@@ -25,7 +25,7 @@ from mipipe.planner.placements.feasible import shortage, with_recomputation
 from mipipe.planner.placements.shapes import propose_shapes
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
-from mipipe.planner.search import annealing, best_list, lists, streams
+from mipipe.planner.search import annealing, best_list, follow, lists, streams
 from mipipe.planner.search.lift import lift
 from mipipe.planner.search.orders import Orders
 from mipipe.planner.sizes import CHECKED_S, COMPILED, VERY_MANY
@@ -150,7 +150,8 @@ def _admit(run: Run, found: Candidate) -> bool:
 def seed_search(run: Run, found: Candidate, *, compiled: bool = True) -> bool:
     """Give a candidate its list schedule; False where no order fits its memory.
 
-    Lists do not see values in flight. Where these overfill a rank, the list is made again with that much less memory.
+    Lists do not see values in flight. Where these overfill a rank, the list is made again with that much less memory;
+    where that does not help (little else takes memory, say), one microbatch after the other may fit.
     """
     usual, cap = in_flight(found.view), found.instance.cap.copy()
     found.instance.cap[:] -= usual
@@ -170,13 +171,23 @@ def seed_search(run: Run, found: Candidate, *, compiled: bool = True) -> bool:
         clock.ask()
         judged = judge(found.view, schedule, saved_fit=True)
         if judged.fits:
-            offer_judged(found, judged, "list")
-            found.search = annealing.start(found.instance, orders, run.options.seed + 1, found.bound.ns)
-            run.note(found, "list scheduling")
+            _begin(run, found, orders, judged)
             return True
         reserve(found, judged)
     found.instance.cap[:] = cap
-    return False
+    one_by_one = follow.serial(found.instance)
+    judged = None if one_by_one is None else judge(found.view, with_mirrors(found.instance, one_by_one.lists()))
+    if one_by_one is None or judged is None or not judged.fits:
+        return False
+    _begin(run, found, one_by_one, judged)
+    return True
+
+
+def _begin(run: Run, found: Candidate, orders: Orders, judged: Judged) -> None:
+    """Take a first order that fits as the candidate's plan, and as where its search begins."""
+    offer_judged(found, judged, "list")
+    found.search = annealing.start(found.instance, orders, run.options.seed + 1, found.bound.ns)
+    run.note(found, "list scheduling")
 
 
 def _outlined(run: Run, found: Candidate, orders: Orders) -> Orders:

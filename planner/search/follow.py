@@ -158,6 +158,14 @@ def plain(instance: Instance, moments: np.ndarray) -> Orders | None:
     return timed(instance, seq, length) if memory_holds(instance, seq, length) else None
 
 
+def serial(instance: Instance) -> Orders | None:
+    """One microbatch after the other on every machine, each straight through: what leaves fewest values in flight. None
+    where that breaks the memory."""
+    forward, stages = instance.kind <= KINDS.index(ActionKind.F), instance.view.num_stages
+    within = np.where(forward, instance.depth, 2 * stages - instance.depth + instance.kind / len(KINDS))
+    return plain(instance, 3 * stages * instance.own_microbatch + within)
+
+
 def _places(instance: Instance, moments: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(place of every node that takes memory, first slack of every rank, slack): see `FollowTask`."""
     order = np.lexsort((np.arange(instance.size), moments, instance.rank))

@@ -8,7 +8,8 @@ import pytest
 
 from mipipe.graphs.topology import Topology
 from mipipe.planner.check import check_plan
-from mipipe.planner.ladder import fitting
+from mipipe.planner.ladder import exactly, fitting
+from mipipe.planner.ladder.admission import admit_placement
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.placements.feasible import lacking_bytes, shortage
@@ -57,11 +58,12 @@ def test_a_placement_that_fits_is_found(problem: PlanningProblem, seed: int) -> 
 def test_a_solve_looks_for_it_unless_nothing_fits_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr(fitting, "fit", lambda run: asked.append(run.problem.name))
+    monkeypatch.setattr(exactly, "rescue", lambda run: None)
     tight = replace(TOGETHER, name="nowhere", topology=Topology.uniform(3, latency_ns=1, kind="a", memory_bytes=30))
-    for problem, said in ((AGAIN, "of those tried"), (tight, "even at placement")):
+    for problem, said in ((TOGETHER, "of those tried"), (tight, "even at placement")):
         found = plan(problem, PlanOptions(time_limit_s=20, threads=1, recompute=True))
         assert found.plan is None and said in found.reason
-    assert asked == [AGAIN.name]
+    assert asked == [TOGETHER.name]
 
 
 @pytest.mark.parametrize("options", [PlanOptions(time_limit_s=1000, placement="chain"),
@@ -89,3 +91,14 @@ def test_a_small_problem_that_no_list_fits_is_asked_of_the_exact_model() -> None
     check_plan(found.plan)
     assert "exact" not in found.how.bound
     assert plan(early, replace(options, use_milp=False)).plan is None
+
+
+def test_where_values_in_flight_alone_take_the_memory_one_microbatch_follows_the_other() -> None:
+    """No saved tensor holds a forward back; with the next one's value on its way a gradient has no room."""
+    groups = tuple(Group(f"g{n}", {"a": PhaseTimes(2, 9, None)}, single=True) for n in range(2))
+    problem = PlanningProblem("in flight", groups, (GroupEdge(0, (1,), 5, 2, "v"),),
+                              Topology.uniform(2, latency_ns=1, kind="a"), 3, Limits(None, 8))
+    run = Run(problem, PlanOptions(time_limit_s=60, threads=1))
+    found = admit_placement(run, next(propose_shapes(problem, "chain")))
+    assert found is not None and found.makespan_ns == 3 * (2 + 1 + 2 + 9 + 1 + 9)
+    check_plan(Plan("", problem, found.placement, found.best.schedule, found.makespan_ns))
