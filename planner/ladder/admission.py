@@ -14,7 +14,7 @@ import numpy as np
 from mipipe.graphs.errors import PlanError
 from mipipe.planner import clock
 from mipipe.planner.bounds.over_placements import facts_of
-from mipipe.planner.jobs.arrays import with_mirrors
+from mipipe.planner.jobs.arrays import to_array, with_mirrors
 from mipipe.planner.jobs.memory import in_flight
 from mipipe.planner.ladder.candidate import Candidate, Judged, candidate, first_orders, judge, offer_judged
 from mipipe.planner.ladder.large import chain_actions
@@ -27,7 +27,7 @@ from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.search import annealing, best_list, follow, lists, streams
 from mipipe.planner.search.lift import lift
-from mipipe.planner.search.orders import Orders
+from mipipe.planner.search.orders import Orders, timed
 from mipipe.planner.sizes import CHECKED_S, COMPILED, VERY_MANY
 from mipipe.planner.time_shares import SHARES
 
@@ -176,10 +176,14 @@ def seed_search(run: Run, found: Candidate, *, compiled: bool = True) -> bool:
         reserve(found, judged)
     found.instance.cap[:] = cap
     one_by_one = follow.serial(found.instance)
-    judged = None if one_by_one is None else judge(found.view, with_mirrors(found.instance, one_by_one.lists()))
-    if one_by_one is None or judged is None or not judged.fits:
+    try:
+        judged = judge(found.view, with_mirrors(found.instance, one_by_one, clock.ask))
+    except PlanError:  # mirror images wait for each other
         return False
-    _begin(run, found, one_by_one, judged)
+    serial = timed(found.instance, to_array(one_by_one), found.instance.lengths()) if judged.fits else None
+    if serial is None:
+        return False
+    _begin(run, found, serial, judged)
     return True
 
 

@@ -158,12 +158,12 @@ def plain(instance: Instance, moments: np.ndarray) -> Orders | None:
     return timed(instance, seq, length) if memory_holds(instance, seq, length) else None
 
 
-def serial(instance: Instance) -> Orders | None:
-    """One microbatch after the other on every machine, each straight through: what leaves fewest values in flight. None
-    where that breaks the memory."""
-    forward, stages = instance.kind <= KINDS.index(ActionKind.F), instance.view.num_stages
+def serial(instance: Instance) -> list[list[int]]:
+    """One microbatch after the other on every machine, each straight through: what leaves fewest values in flight."""
+    forward, stages = instance.kind == KINDS.index(ActionKind.F), instance.view.num_stages
     within = np.where(forward, instance.depth, 2 * stages - instance.depth + instance.kind / len(KINDS))
-    return plain(instance, 3 * stages * instance.own_microbatch + within)
+    order = np.lexsort((within, instance.own_microbatch))
+    return [order[instance.machine[order] == k].tolist() for k in range(instance.num_machines)]
 
 
 def _places(instance: Instance, moments: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -102,3 +102,6 @@ def test_where_values_in_flight_alone_take_the_memory_one_microbatch_follows_the
     found = admit_placement(run, next(propose_shapes(problem, "chain")))
     assert found is not None and found.makespan_ns == 3 * (2 + 1 + 2 + 9 + 1 + 9)
     check_plan(Plan("", problem, found.placement, found.best.schedule, found.makespan_ns))
+    two_way = problem.replace(groups=tuple(replace(one, single=False) for one in groups), num_microbatches=4)
+    mirrored = admit_placement(run := Run(two_way, run.options), next(propose_shapes(two_way, "two-way")))
+    assert mirrored is None and not run.candidates  # each image would wait for the other's next microbatch
