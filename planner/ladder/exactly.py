@@ -27,8 +27,9 @@ from mipipe.planner.ladder.state import Run
 from mipipe.planner.milp.highs import SolverStatus
 from mipipe.planner.milp.order import time_indexed
 from mipipe.planner.milp.order.exact import ExactResult, solve_exact
-from mipipe.planner.milp.order.exact_parts import colocated, num_jobs
+from mipipe.planner.milp.order.exact_parts import num_jobs
 from mipipe.planner.options import PlanOptions
+from mipipe.planner.placements.cuts import colocated
 from mipipe.planner.placements.shapes import propose_shapes
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem

@@ -58,6 +58,15 @@ def units(problem: PlanningProblem, groups: Sequence[int] | None = None) -> list
     return result
 
 
+def colocated(problem: PlanningProblem) -> list[list[int]]:
+    """The groups as units: colocated sets, joined where they overlap, by their first group."""
+    leader = list(range(len(problem.groups)))
+    for members in problem.colocate:
+        old = {leader[g] for g in members}
+        leader = [min(old) if name in old else name for name in leader]
+    return [[g for g, name in enumerate(leader) if name == first] for first in sorted(set(leader))]
+
+
 def loads(problem: PlanningProblem) -> list[list[int]]:
     """``loads[group][rank]``: compute time of one average microbatch; 0 for groups on the collective stream."""
     kinds = [device.kind for device in problem.topology.devices]

@@ -1,12 +1,13 @@
 """Placements next to a given one: units that join another stage, take another host or part, microbatches rerouted.
 
 A *host* is what a stage says of where it runs: its ranks, the rank of every microbatch, and whether F runs again. A
-placement is taken apart into units (groups that must stay together, `mipipe.planner.placements.cuts.units`), each with
-a host and the stage it is in, whatever the graph: what is beside a unit are the units that its values go to and come
-from, and those before and after it by number. What a move leaves of a stage is put together anew (`UnitHosts`), so that
-stages are of one stream and in topological order. `neighbour` only hands hosts of the placement from unit to unit, so
-copies stay copies and mirror images stay mirror images; `rerouted`, `elsewhere` and `toggled` make new hosts, by which
-replicas share microbatches as no shape has it. F runs again only where all groups of the stage that comes of it can.
+placement is taken apart into units (groups that must share a rank, `mipipe.planner.placements.cuts.colocated`), each
+with a host and the stage it is in, whatever the graph: what is beside a unit are the units that its values go to and
+come from, and those before and after it by number. What a move leaves of a stage is put together anew (`UnitHosts`), so
+that stages are of one stream and in topological order. `neighbour` only hands hosts of the placement from unit to unit,
+so copies stay copies and mirror images stay mirror images; `rerouted`, `elsewhere` and `toggled` make new hosts, by
+which replicas share microbatches as no shape has it. F runs again only where all groups of the stage that comes of it
+can.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from mipipe.planner.placements.cuts import units
+from mipipe.planner.placements.cuts import colocated
 from mipipe.planner.plan import Placement, Stage
 from mipipe.planner.problem import PlanningProblem
 
@@ -47,9 +48,9 @@ class UnitHosts:
     def __init__(self, problem: PlanningProblem, placement: Placement) -> None:
         """Raise `ValueError` where the groups of a unit have several hosts."""
         self.problem = problem
-        self.blocks = [tuple(block) for block in units(problem)]
+        self.blocks = [tuple(block) for block in colocated(problem)]
         stage_of = {g: s for s, stage in enumerate(placement.stages) for g in stage.groups}
-        unit_of = {g: u for u, block in enumerate(self.blocks) for g in block}
+        self.unit_of = unit_of = {g: u for u, block in enumerate(self.blocks) for g in block}
         self.hosts: list[Host] = []
         self.labels: list[int] = []
         for block in self.blocks:
@@ -78,19 +79,18 @@ class UnitHosts:
         after: list[set[int]] = []
         stage_of = [0] * len(problem.groups)
         latest: dict[tuple[int, str], int] = {}
-        for u, block in enumerate(self.blocks):
-            for g in block:
-                key = self.labels[u], problem.groups[g].stream
-                before, into = {stage_of[one] for one in sources[g]}, latest.get(key)
-                if into is None or any(_reaches(after, into, one) for one in before - {into}):
-                    into = latest[key] = len(stages)
-                    stages.append([])
-                    owner.append(u)
-                    after.append(set())
-                stages[into].append(g)
-                stage_of[g] = into
-                for one in before - {into}:
-                    after[one].add(into)
+        for g, group in enumerate(problem.groups):
+            key = self.labels[self.unit_of[g]], group.stream
+            before, into = {stage_of[one] for one in sources[g]}, latest.get(key)
+            if into is None or any(_reaches(after, into, one) for one in before - {into}):
+                into = latest[key] = len(stages)
+                stages.append([])
+                owner.append(self.unit_of[g])
+                after.append(set())
+            stages[into].append(g)
+            stage_of[g] = into
+            for one in before - {into}:
+                after[one].add(into)
         order = _topological(after)
         made = []
         for s in order:
@@ -161,9 +161,8 @@ def unit_hosts(problem: PlanningProblem, placement: Placement) -> UnitHosts | No
 
 
 def is_movable(problem: PlanningProblem, placement: Placement) -> bool:
-    """Whether a placement has moves: units that are whole, on at least two hosts."""
-    found = unit_hosts(problem, placement)
-    return found is not None and len(set(found.hosts)) > 1
+    """Whether a placement has moves: more than one rank, and units that are whole."""
+    return problem.num_ranks > 1 and unit_hosts(problem, placement) is not None
 
 
 def moved_name(placement: Placement) -> str:
@@ -224,25 +223,33 @@ def _made(found: UnitHosts, placement: Placement) -> Placement | None:
 
 
 def rerouted(problem: PlanningProblem, placement: Placement, rng: random.Random) -> Placement | None:
-    """A placement in which one microbatch of a unit, or of the whole stage that the unit is in, runs on another rank,
-    or two of its microbatches have exchanged ranks; None where the groups allow one replica only.
+    """A placement in which one microbatch of a unit, of the whole stage that the unit is in, or of all units that run
+    it on the same rank, runs on another rank, or two of its microbatches have exchanged ranks; None where the groups
+    allow one replica only.
 
     Replicas come and go with the microbatches they run; whether they fit is not looked at here.
     """
     found = unit_hosts(problem, placement)
     if found is None:
         return None
-    unit = rng.randrange(len(found.blocks))
-    _, route, again = found.hosts[unit]
-    moved = found.stage_of(unit) if rng.random() < 0.5 else [unit]
-    if any(problem.groups[g].single for u in moved for g in found.blocks[u]):
+    unit, one, two = rng.randrange(len(found.blocks)), *(rng.randrange(problem.num_microbatches) for _ in range(2))
+    here, there = (found.hosts[unit][1][m] for m in (one, two))
+    exchanged = here != there
+    if not exchanged:
+        there = rng.choice([rank for rank in range(problem.num_ranks) if rank != here])
+    width = rng.random()
+    moved = ([unit] if width < 0.4 else found.stage_of(unit) if width < 0.8 else
+             [u for u, (_, route, _) in enumerate(found.hosts) if route[one] == here])
+    may = [not any(problem.groups[g].single for g in found.blocks[u]) for u in moved]
+    if not (any if width >= 0.8 else all)(may):
         return None
-    changed, one, two = list(route), rng.randrange(len(route)), rng.randrange(len(route))
-    if route[one] != route[two]:
-        changed[one], changed[two] = route[two], route[one]
-    else:
-        changed[one] = rng.choice([rank for rank in range(problem.num_ranks) if rank != route[one]])
-    found.give(moved, (tuple(sorted(set(changed))), tuple(changed), again))
+    for u in (u for u, free in zip(moved, may, strict=True) if free):
+        _, route, again = found.hosts[u]
+        changed = list(route)
+        changed[one] = there
+        if exchanged and route[two] == there:
+            changed[two] = here
+        found.give([u], (tuple(sorted(set(changed))), tuple(changed), again))
     return _made(found, placement)
 
 

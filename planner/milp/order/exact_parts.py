@@ -13,6 +13,7 @@ from mipipe.planner.jobs.dependencies import dependencies, kinds_of
 from mipipe.planner.jobs.longest import heads_of, tails_of
 from mipipe.planner.jobs.memory import effects
 from mipipe.planner.jobs.stages import StageView, view
+from mipipe.planner.placements.cuts import colocated
 from mipipe.planner.plan import Placement, Stage
 from mipipe.planner.problem import Group, PlanningProblem
 
@@ -103,15 +104,6 @@ def sketch(problem: PlanningProblem, horizon_ns: int | None) -> Sketch:
                   [apart.workspace_of(kind, g) for g, kind, _ in jobs],
                   [sum(problem.groups[g].resident_bytes for g in members) for members in units], horizon / unit, reach,
                   not problem.topology.overrides)
-
-
-def colocated(problem: PlanningProblem) -> list[list[int]]:
-    """The groups as units: colocated sets, joined where they overlap, by their first group."""
-    leader = list(range(len(problem.groups)))
-    for members in problem.colocate:
-        old = {leader[g] for g in members}
-        leader = [min(old) if name in old else name for name in leader]
-    return [[g for g, name in enumerate(leader) if name == first] for first in sorted(set(leader))]
 
 
 def num_jobs(problem: PlanningProblem) -> int:
