@@ -5,8 +5,8 @@ A shape says which rank holds the k-th of its stages, in one or two directions; 
 to the groups (even loads, and less for ranks that start late), `mipipe.planner.placements.ring` shares replicas out
 unevenly, `mipipe.planner.placements.branches` gives encoders places of their own. Groups without resident bytes at
 either end (an embedding or a head whose parameters are not counted, or that fit everywhere) may be spread over several
-ranks by microbatch where the placement is free; a shape asked for by name is that shape (a chain can be exported, a
-spread head cannot).
+ranks by microbatch where the placement is free, and so may be the whole model where it fits on every rank (``copies``);
+a shape asked for by name is that shape (a chain can be exported, a spread head cannot).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mipipe.planner import clock
 from mipipe.planner.actions import Stream
 from mipipe.planner.jobs.memory import resident_room
 from mipipe.planner.placements import branches
-from mipipe.planner.placements.cuts import Shape, fit_cuts, loads, place, place_spread, units
+from mipipe.planner.placements.cuts import Shape, deal_ends, fit_cuts, loads, place, place_spread, units
 from mipipe.planner.placements.ring import rings
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
@@ -121,3 +121,5 @@ def all_placements(problem: PlanningProblem, name: str = "free") -> Iterator[Pla
             yield place_spread(problem, shape, ends)
     yield from rings(problem, name)
     yield from branches.branch_placements(problem, name)
+    if name == "free" and problem.num_ranks > 1:
+        yield deal_ends(problem, Placement((), (), "copies"), (), range(len(problem.groups)), two_way=False)

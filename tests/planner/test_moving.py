@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mipipe.graphs.topology import Topology
+from mipipe.graphs.topology import Device, Link, Topology
 from mipipe.planner.actions import Stream
 from mipipe.planner.check import check_plan
 from mipipe.planner.how import by_highs
@@ -331,3 +331,18 @@ def test_forwards_that_run_again_inherit_an_order() -> None:
     again = candidate(problem, dataclasses.replace(plain.placement, stages=stages))
     orders = inherited(moments_of(plain.view, plain.best.schedule), again.instance, lambda: False)
     assert orders is not None and orders.makespan_ns >= run.makespan_ns
+
+
+def test_whole_copies_are_proposed_where_they_fit_on_every_rank() -> None:
+    """Three ranks, one twice as fast: of four microbatches it takes two, and nothing is sent."""
+    groups = tuple(Group(f"g{n}", {"a": PhaseTimes(4, None, None), "b": PhaseTimes(8, None, None)}, stream,
+                         resident_bytes=1) for n, stream in enumerate(BOTH[:3]))
+    edges = tuple(GroupEdge(n, (n + 1,), 9, None, f"v{n}") for n in range(2))
+    devices = tuple(Device(f"d{n}", kind, 3, local_rank=n) for n, kind in enumerate("abb"))
+    problem = PlanningProblem("copies", groups, edges, Topology(devices, Link(50), Link(50)), 4)
+    found = next(shape for shape in propose_shapes(problem) if shape.name.startswith("copies"))
+    assert {stage.groups for stage in found.stages} == {(0,), (1,), (2,)} and len(set(found.routes)) == 1
+    assert sorted(found.routes[0]) == [0, 0, 1, 2]
+    less = problem.replace(topology=Topology((*devices[:2], dataclasses.replace(devices[2], memory_bytes=2)),
+                                             Link(50), Link(50)))
+    assert not any(shape.name.startswith("copies") for shape in propose_shapes(less))
