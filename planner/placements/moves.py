@@ -29,12 +29,6 @@ KINDS = ("boundary", "boundary", "boundary", "exchange", "rehost", "stages", "pa
 """Moves, as often as they are drawn: a unit joins the stage of one beside it; two units exchange hosts; a unit takes
 the host of another; two stages exchange hosts; a unit becomes a stage of its own."""
 
-JOINING = 0.75
-"""How often a unit joins the stages beside it that have the host it was given; else it is a stage of its own."""
-
-ELSEWHERE = 0.1
-"""How often a unit or a stage goes to one rank, whichever, for all microbatches."""
-
 MOVED = "+moved"
 """What the name of a placement ends in that is no longer what was proposed."""
 
@@ -172,17 +166,14 @@ def moved_name(placement: Placement) -> str:
 
 def drawn(problem: PlanningProblem, placement: Placement, rng: random.Random, *,
           again: bool = False) -> Placement | None:
-    """A placement one or two moves away; of M microbatches one move in M + 1 reroutes some, as that changes about the
-    M-th part of a stage's work. None where a move comes to nothing. ``again``: forwards may run again, or no more."""
+    """A placement one or two moves away; of M microbatches one move in M + 1 makes new hosts, most of which reroute
+    some, as that changes about the M-th part of a stage's work. None where a move comes to nothing. ``again``: forwards
+    may run again, or no more."""
     found: Placement | None = placement
+    making = (rerouted, rerouted, elsewhere, *((toggled,) if again else ()))
     for _ in range(rng.choice((1, 1, 2))):
-        if rng.random() * (problem.num_microbatches + 1) < 1:
-            move = rerouted
-        elif rng.random() < ELSEWHERE:
-            move = toggled if again and rng.random() < 0.5 else elsewhere
-        else:
-            move = neighbour
-        found = found and move(problem, found, rng)
+        makes = rng.random() * (problem.num_microbatches + 1) < 1
+        found = found and (rng.choice(making) if makes else neighbour)(problem, found, rng)
     return found
 
 
@@ -209,7 +200,7 @@ def neighbour(problem: PlanningProblem, placement: Placement, rng: random.Random
     elif move == "part":
         found.apart(one)
     else:
-        here, there, join = found.hosts[one], found.hosts[two], rng.random() < JOINING
+        here, there, join = found.hosts[one], found.hosts[two], rng.random() < 0.5
         found.give([one], there, join=join)
         if move == "exchange":
             found.give([two], here, join=join)
@@ -274,5 +265,5 @@ def elsewhere(problem: PlanningProblem, placement: Placement, rng: random.Random
     if found.hosts[unit][0] == (rank,):
         return None
     moved = found.stage_of(unit) if rng.random() < 0.5 else [unit]
-    found.give(moved, ((rank,), (rank,) * problem.num_microbatches, found.hosts[unit][2]), join=rng.random() < JOINING)
+    found.give(moved, ((rank,), (rank,) * problem.num_microbatches, found.hosts[unit][2]), join=rng.random() < 0.5)
     return found.placement(moved_name(placement))
