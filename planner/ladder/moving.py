@@ -55,9 +55,9 @@ DRAWN = 400
 class Line:
     """From a candidate's placement to others: ``found`` is where it stands, ``latest`` the moments of its actions,
     ``left_ns`` the shortest makespan where it stood before, ``misses`` the tries since its record, ``drawn`` the
-    neighbours drawn in vain since the last try, ``looked_at`` the stages and routes of those that do not come again
-    until all have been tried, ``tries`` how many of them were, ``deviation`` the share by which it may become longer
-    now."""
+    neighbours drawn in vain since the last try, ``farther`` the moves beyond one or two that these are away,
+    ``looked_at`` the stages and routes of those that do not come again until all have been tried, ``tries`` how many of
+    them were, ``deviation`` the share by which it may become longer now."""
 
     found: Candidate
     latest: Moments = field(default_factory=dict)
@@ -67,6 +67,7 @@ class Line:
     drawn: int = 0
     looked_at: set[tuple[object, ...]] = field(default_factory=set)
     tries: int = 0
+    farther: int = 0
     deviation: float = DEVIATION
 
     @property
@@ -87,7 +88,7 @@ class Line:
     def go_on(self, found: Candidate) -> None:
         """Stand at another placement."""
         self.left_ns = self.record_ns
-        self.found, self.seen_ns = found, NEVER_NS
+        self.found, self.seen_ns, self.farther = found, NEVER_NS, 0
         self.begin_again()
         if found.makespan_ns < self.left_ns:
             self.misses, self.deviation = 0, DEVIATION
@@ -108,8 +109,8 @@ class Line:
 
     @property
     def over(self) -> bool:
-        """Whether nothing is left to try: too many draws in vain, or a best order with overlapped pairs, of which none
-        inherits."""
+        """Whether nothing is left to try: too many draws in vain, however far, or a best order with overlapped pairs,
+        of which none inherits."""
         return self.drawn >= DRAWN or self.found.best is None or self.found.best.schedule.has_pairs
 
     @property
@@ -262,8 +263,12 @@ class Moving:
         if line.drawn >= DRAWN and line.tries:  # of all that are worth it every one was tried: for longer next time
             line.begin_again()
             line.deviation = min(FARTHEST, 2 * line.deviation)
+        elif line.drawn >= DRAWN and line.farther < len(run.problem.groups):  # what is nearer has no better bound
+            line.begin_again()
+            line.farther += 1
         return None
 
     def _drawn(self, line: Line) -> Placement | None:
         """A placement a move or two from where a line stands."""
-        return drawn(self.run.problem, line.found.placement, self.rng, again=self.run.recomputes)
+        return drawn(self.run.problem, line.found.placement, self.rng, again=self.run.recomputes,
+                     farther=line.farther)
