@@ -8,7 +8,7 @@ import pytest
 
 from mipipe.graphs.topology import Topology
 from mipipe.planner.check import check_plan
-from mipipe.planner.ladder import exactly, fitting
+from mipipe.planner.ladder import exactly, fitting, placement_rungs
 from mipipe.planner.ladder.admission import admit_placement
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlanOptions
@@ -59,6 +59,7 @@ def test_a_solve_looks_for_it_unless_nothing_fits_at_all(monkeypatch: pytest.Mon
     asked: list[str] = []
     monkeypatch.setattr(fitting, "fit", lambda run: asked.append(run.problem.name))
     monkeypatch.setattr(exactly, "rescue", lambda run: None)
+    monkeypatch.setattr(placement_rungs, "by_mip", lambda run, admit: None)
     tight = replace(TOGETHER, name="nowhere", topology=Topology.uniform(3, latency_ns=1, kind="a", memory_bytes=30))
     for problem, said in ((TOGETHER, "of those tried"), (tight, "even at placement")):
         found = plan(problem, PlanOptions(time_limit_s=20, threads=1, recompute=True))
