@@ -48,7 +48,7 @@ def compiled() -> None:
     plan(two_stream_problem(ranks=2, microbatches=4), PlanOptions(time_limit_s=0.5))
 
 
-def kept(seeds: range, objectives: Sequence[Objective] = ("makespan",)) -> None:
+def kept(seeds: Sequence[int], objectives: Sequence[Objective] = ("makespan",)) -> None:
     ended = set()
     for seed, objective in product(seeds, objectives):
         random = Random(seed)
@@ -67,7 +67,7 @@ def kept(seeds: range, objectives: Sequence[Objective] = ("makespan",)) -> None:
 
 
 def test_random_problems_keep_a_limit_of_a_second(compiled: None) -> None:
-    kept(range(3))
+    kept((0, 1, 2, 7))
 
 
 @pytest.mark.slow
