@@ -33,6 +33,8 @@ class SearchEffort:
     """Combinations that are solved finely, with every number of chunks."""
     until_polished: float = 0.57
     """They are."""
+    until_most_priced: float = 0.7
+    """What may be faster than the best of them is priced, the least floors first."""
     listed: int = 200
     """Combinations of the least bounds among which those are chosen whose orders are made by lists."""
     rules: int = 100

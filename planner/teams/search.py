@@ -112,7 +112,7 @@ def _search(pricer: Pricer, space: DegreeSpace, so_far: SoFar, seen: dict[Degree
         _try(pricer, results, seen, space.points, global_batch, options, EFFORT.until_tried, in_time, tell)
     if not results:
         return
-    _improve(pricer, so_far, space.points, global_batch, options, began, tell)
+    _improve(pricer, so_far, space, global_batch, options, began, in_time, tell)
     tell("pricing what may be faster")
     space.more(lambda: in_time(EFFORT.until_bounded), so_far.ranked[0].seconds, by_floors=True)
 
@@ -142,9 +142,10 @@ def _try(pricer: Pricer, results: list[TeamResult], seen: dict[Degrees, bool], w
                 best = min(best, found.seconds)
 
 
-def _improve(pricer: Pricer, so_far: SoFar, waiting: list[Point], global_batch: int, options: TeamOptions,
-             began: float, tell: Callable[[str], None]) -> None:
+def _improve(pricer: Pricer, so_far: SoFar, space: DegreeSpace, global_batch: int, options: TeamOptions,
+             began: float, in_time: Callable[[float], bool], tell: Callable[[str], None]) -> None:
     """Adds better stages and orders for the best of the results, and for others that orders may make the best."""
+    waiting = space.points
     if options.order and options.recomputation is None and options.given.get("chunks", 1) == 1:
         tell("overlapped pairs")
         until = began + EFFORT.until_dualpipev * options.time_limit_s
@@ -153,6 +154,8 @@ def _improve(pricer: Pricer, so_far: SoFar, waiting: list[Point], global_batch: 
     if not options.order:
         return
     so_far.take(_with_pairs(pricer, so_far.ranked, waiting, global_batch, options, began))
+    tell("pricing what may be faster")
+    space.more(lambda: in_time(EFFORT.until_most_priced), so_far.ranked[0].seconds, by_floors=True)
     so_far.take(_waved(pricer, so_far.ranked, waiting, global_batch, options, began, tell))
     until = began + EFFORT.until_ordered * options.time_limit_s
     so_far.take(ordered(pricer, so_far.ranked, global_batch, until, options.seed, options.recomputation, tell))
