@@ -35,6 +35,8 @@ class SearchEffort:
     """They are."""
     until_most_priced: float = 0.7
     """What may be faster than the best of them is priced, the least floors first."""
+    until_paired: float = 0.75
+    """DualPipeV is tried on what that found."""
     listed: int = 200
     """Combinations of the least bounds among which those are chosen whose orders are made by lists."""
     rules: int = 100

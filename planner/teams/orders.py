@@ -28,16 +28,17 @@ PUBLISHED = ("zb-h1", "zb-v", "dualpipev", "dualpipe")
 """Published schedules that are tried on the best pipelines beside 1F1B and interleaved 1F1B."""
 
 
-def paired(pricer: Pricer, points: Sequence[Point], global_batch: int, best: float, until: float,
+def paired(pricer: Pricer, points: Sequence[Point], global_batch: int, best: float, until: float, tried: set[Degrees],
            seed: int = 0) -> Iterator[TeamResult]:
     """DualPipeV on the meshes and microbatches on which its pairs may gain most, on even stages and with some layers
     run again, up to a moment of the monotonic clock; what fits and is faster than the best, or nearly: the order level
-    may make that the best."""
+    may make that the best. ``tried``: those that it was looked for on, which are left out."""
     for guess, degrees in pair_guesses(pricer, points, global_batch, best, until):
         if time.monotonic() > until:
             break
-        if guess >= EFFORT.near * best:
+        if guess >= EFFORT.near * best or degrees in tried:
             continue
+        tried.add(degrees)
         for made in _pairs_on(pricer, degrees, global_batch, EFFORT.near * best, seed):
             best = min(best, made.seconds)
             yield made

@@ -145,17 +145,22 @@ def _try(pricer: Pricer, results: list[TeamResult], seen: dict[Degrees, bool], w
 def _improve(pricer: Pricer, so_far: SoFar, space: DegreeSpace, global_batch: int, options: TeamOptions,
              began: float, in_time: Callable[[float], bool], tell: Callable[[str], None]) -> None:
     """Adds better stages and orders for the best of the results, and for others that orders may make the best."""
-    waiting = space.points
-    if options.order and options.recomputation is None and options.given.get("chunks", 1) == 1:
-        tell("overlapped pairs")
-        until = began + EFFORT.until_dualpipev * options.time_limit_s
-        so_far.take(paired(pricer, waiting, global_batch, so_far.ranked[0].seconds, until, options.seed))
+    waiting, tried = space.points, set[Degrees]()
+
+    def pair(share: float) -> None:
+        if options.order and options.recomputation is None and options.given.get("chunks", 1) == 1:
+            tell("overlapped pairs")
+            until = began + share * options.time_limit_s
+            so_far.take(paired(pricer, waiting, global_batch, so_far.ranked[0].seconds, until, tried, options.seed))
+
+    pair(EFFORT.until_dualpipev)
     so_far.take(_polished(pricer, so_far.ranked, global_batch, options, began, tell))
     if not options.order:
         return
     so_far.take(_with_pairs(pricer, so_far.ranked, waiting, global_batch, options, began))
     tell("pricing what may be faster")
-    space.more(lambda: in_time(EFFORT.until_most_priced), so_far.ranked[0].seconds, by_floors=True)
+    if space.more(lambda: in_time(EFFORT.until_most_priced), so_far.ranked[0].seconds, by_floors=True):
+        pair(EFFORT.until_paired)
     so_far.take(_waved(pricer, so_far.ranked, waiting, global_batch, options, began, tell))
     until = began + EFFORT.until_ordered * options.time_limit_s
     so_far.take(ordered(pricer, so_far.ranked, global_batch, until, options.seed, options.recomputation, tell))

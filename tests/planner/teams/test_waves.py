@@ -76,12 +76,12 @@ def test_pairs_are_tried_where_they_may_gain(pieces):
     for ranks in {degrees.ranks for _, degrees in guesses}:
         own = [guess for guess, degrees in guesses if degrees.ranks == ranks]
         assert own == sorted(own)
-    found = list(paired(pricer, points, 32, float("inf"), time.monotonic() + 60))
+    found = list(paired(pricer, points, 32, float("inf"), time.monotonic() + 60, set()))
     assert found and all(item.plan.schedule.has_pairs and not item.shortage for item in found)
     assert all(item.seconds < EFFORT.near * min(before.seconds for before in found[:number + 1])
                for number, item in enumerate(found))
     assert any("full" in item.recompute for item in found)
-    assert not list(paired(pricer, points, 32, found[-1].seconds, time.monotonic() - 1))
+    assert not list(paired(pricer, points, 32, found[-1].seconds, time.monotonic() - 1, set()))
     assert not pair_guesses(pricer, points, 32, guesses[0][0])
 
 
