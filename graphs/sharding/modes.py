@@ -147,7 +147,9 @@ def reasons(trace: SegmentTrace, layouts: Layouts, assignment: Assignment, mode:
                                      "dividing it would send more than it saves")
     elif mode in ("batch", "context"):
         if not any(part.kind is Kind.DIVIDED for part in (*layouts.given.values(), *layouts.wanted.values())):
-            yield f"no tensor of its boundary divides by {size} members"
+            yield ("what has no gradient is not divided along the sequence"
+                   if mode == "context" and not (trace.has(Phase.I) or trace.has(Phase.W))
+                   else f"no tensor of its boundary divides by {size} members")
         elif mode == "context":
             specs = specs_of(trace)
             for op in trace.phase_operators(Phase.F):

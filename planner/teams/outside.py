@@ -38,11 +38,14 @@ def otherwise(pricer: Pricer, degrees: Degrees) -> list[str]:
 
 def undivided(pricer: Pricer, degrees: Degrees) -> list[str]:
     """What devices that hold the same do not divide though ``zero`` says so, where it is more than a hundredth."""
-    held, whole = pricer.left_whole(degrees)
-    if not degrees.zero or whole * 100 < held:
-        return []
-    return [f"{format_bytes(whole)} of {format_bytes(held)} of parameters, whose first dimension does not divide among"
-            f" the {degrees.alike} devices that hold the same; zero={degrees.zero} leaves them undivided"]
+    found = []
+    for experts, what, alike in ((False, "dense parameters", degrees.alike), (True, "experts", degrees.alike_experts)):
+        held, whole = pricer.left_whole(degrees, experts)
+        if degrees.zero and whole and whole * 100 >= held:
+            found.append(f"{format_bytes(whole)} of {format_bytes(held)} of {what}, whose"
+                         f" {'second' if experts and pricer.model.sends(degrees) else 'first'} dimension does not divide among the {alike}"
+                         f" devices that hold the same; zero={degrees.zero} leaves them undivided")
+    return found
 
 
 def _sizes(pricer: Pricer, degrees: Degrees, known: Evidence) -> list[str]:

@@ -62,8 +62,10 @@ def make_optimizer(name: str, engine: Engine, options: Mapping[str, Any], shard:
 
 def whole_beside_experts(name: str) -> InputError:
     """Why an optimizer that looks at whole parameters does not share its state where copies share experts."""
+    known = " shard gradients as well (optimizer.shard: gradients, or plan with --degrees zero=2)," \
+        if name.lower() in OPTIMIZERS else ""
     return InputError(f"optimizer {name}: copies that share its state update some whole parameters each, but experts"
-                      " live on some copies; take one that treats elements alike, such as adamw, or leave"
+                      f" live on some copies;{known} take one that treats elements alike, such as adamw, or leave"
                       " optimizer.shard out (a plan's zero: --degrees zero=0)")
 
 

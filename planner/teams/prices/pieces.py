@@ -93,6 +93,11 @@ class ModelPieces:
         """Whether tokens travel to their experts."""
         return exchanges(self.graph)
 
+    def sends(self, degrees: Degrees) -> bool:
+        """Whether tokens travel to the experts that devices share: not where the tensor axis divides those of a graph
+        captured without (other divisions of such a graph are priced as of one captured with)."""
+        return degrees.expert > 1 and (self.exchanges or degrees.expert != degrees.tensor)
+
     def shares(self, member: int, degrees: Degrees) -> tuple[TeamShare, ...]:
         """What members along the context and the tensor axis have of a segment (by index), as a run of the plan divides
         it; none where tokens are sent to the segment's experts by devices that share all else."""

@@ -76,7 +76,7 @@ class SegmentProfiles:
         """What of a segment's parameters devices that hold the same divide along dimensions of certain lengths."""
         trace, profile = self.model.trace(member, degrees.recompute), self.profile(member, degrees)
         trains, batch = self.model.index.runs(member, Phase.W), self.model.mode(member, degrees) == "batch"
-        banks, sent = self.facts(member, degrees).banks, degrees.expert > 1 and self.model.exchanges
+        banks, sent = self.facts(member, degrees).banks, self.model.sends(degrees)
         names = zip((*trace.parameters, *trace.buffers),
                     (*trace.parameter_grads, *(None for _ in trace.buffers)), profile.parts, strict=True)
         found: dict[tuple[int, bool], list[int]] = {}
@@ -90,13 +90,13 @@ class SegmentProfiles:
                 sizes[place] += more
         return tuple(HeldLength(*key, *sizes) for key, sizes in found.items())
 
-    def left_whole(self, degrees: Degrees) -> tuple[int, int]:
-        """Bytes of parameters on a member of every rank together, and how many of them do not divide among the devices
-        that hold the same."""
+    def left_whole(self, degrees: Degrees, experts: bool) -> tuple[int, int]:
+        """Bytes of parameters, dense or of experts, on a member of every rank together, and how many of them do not
+        divide among the devices that hold the same."""
         held = [item for piece in self.model.pieces for member in piece.members
-                for item in self.lengths(member, degrees) if item.length]
-        whole = [item.held for item in held if item.length % (degrees.alike_experts if item.experts else degrees.alike)]
-        return sum(item.held for item in held), sum(whole)
+                for item in self.lengths(member, degrees) if item.length and item.experts is experts]
+        alike = degrees.alike_experts if experts else degrees.alike
+        return sum(item.held for item in held), sum(item.held for item in held if item.length % alike)
 
     def columns(self, member: int, degrees: Degrees) -> frozenset[str]:
         """The products of a segment that members of the tensor axis share by columns."""

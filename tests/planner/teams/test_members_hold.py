@@ -86,6 +86,16 @@ def test_plans_say_what_members_hold(pieces, degrees):
     check_held(pieces, degrees)
 
 
+def test_experts_of_graphs_captured_without_sending_are_priced_as_with(pieces, sent):
+    """But for those that the tensor axis divides, which a run has so."""
+    if pieces.has_experts:
+        for degrees in (*SENT, *(replace(degrees, zero=3) for degrees in SENT)):
+            told, known = ([(cost.weights, cost.gradients, cost.state) for cost in Pricer(model, machine()).costs(
+                degrees)] for model in (pieces, sent))
+            assert [sum(sizes) for sizes in zip(*told, strict=True)] == pytest.approx(
+                [sum(sizes) for sizes in zip(*known, strict=True)], rel=1e-3)
+
+
 @pytest.mark.parametrize("degrees", SENT, ids=Degrees.text)
 def test_plans_say_what_devices_with_the_same_experts_hold(sent, degrees):
     """They divide what they have of these as others do, along the second dimension."""
@@ -94,7 +104,16 @@ def test_plans_say_what_devices_with_the_same_experts_hold(sent, degrees):
 
 def test_what_does_not_divide_is_told(pieces):
     """24 devices that hold the same have most matrices of 256, 688 and 1,024 rows whole; four divide them all."""
-    told, = undivided(Pricer(pieces, machine()), Degrees(copies=24, zero=3))
-    assert "whose first dimension does not divide among the 24 devices that hold the same; zero=3 leaves" in told
+    told = undivided(Pricer(pieces, machine()), Degrees(copies=24, zero=3))
+    assert len(told) == 1 + pieces.has_experts
+    assert all("whose first dimension does not divide among the 24 devices that hold the same; zero=3 leaves" in line
+               for line in told)
     assert not undivided(Pricer(pieces, machine()), Degrees(copies=4, zero=3))
     assert not undivided(Pricer(pieces, machine()), Degrees(copies=24, zero=0))
+
+
+def test_what_of_experts_does_not_divide_is_told(sent):
+    """Of the second dimensions, 256 and 1,376, three devices with the same experts divide none."""
+    told = undivided(Pricer(sent, machine()), Degrees(copies=6, expert=2, zero=3))
+    assert [line.partition(" of experts, ")[2][:79] for line in told if " of experts, " in line] == [
+        "whose second dimension does not divide among the 3 devices that hold the same; z"[:79]]
