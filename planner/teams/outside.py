@@ -39,12 +39,14 @@ def otherwise(pricer: Pricer, degrees: Degrees) -> list[str]:
 def undivided(pricer: Pricer, degrees: Degrees) -> list[str]:
     """What devices that hold the same do not divide though ``zero`` says so, where it is more than a hundredth."""
     found = []
-    for experts, what, alike in ((False, "dense parameters", degrees.alike), (True, "experts", degrees.alike_experts)):
+    second = "second" if pricer.model.sends(degrees) else "first"
+    for experts, what, dim, alike in ((False, "dense parameters", "first", degrees.alike),
+                                      (True, "experts", second, degrees.alike_experts)):
         held, whole = pricer.left_whole(degrees, experts)
         if degrees.zero and whole and whole * 100 >= held:
-            found.append(f"{format_bytes(whole)} of {format_bytes(held)} of {what}, whose"
-                         f" {'second' if experts and pricer.model.sends(degrees) else 'first'} dimension does not divide among the {alike}"
-                         f" devices that hold the same; zero={degrees.zero} leaves them undivided")
+            found.append(f"{format_bytes(whole)} of {format_bytes(held)} of {what}, whose {dim} dimension does not"
+                         f" divide among the {alike} devices that hold the same; zero={degrees.zero} leaves them"
+                         " undivided")
     return found
 
 
