@@ -86,14 +86,14 @@ def test_plans_say_what_members_hold(pieces, degrees):
     check_held(pieces, degrees)
 
 
-def test_experts_of_graphs_captured_without_sending_are_priced_as_with(pieces, sent):
+def test_experts_of_graphs_captured_without_sending_are_priced_as_with(sent, tmp_path):
     """But for those that the tensor axis divides, which a run has so."""
-    if pieces.has_experts:
-        for degrees in (*SENT, *(replace(degrees, zero=3) for degrees in SENT)):
-            told, known = ([(cost.weights, cost.gradients, cost.state) for cost in Pricer(model, machine()).costs(
-                degrees)] for model in (pieces, sent))
-            assert [sum(sizes) for sizes in zip(*told, strict=True)] == pytest.approx(
-                [sum(sizes) for sizes in zip(*known, strict=True)], rel=1e-3)
+    stay = pieces_of("experts", tmp_path)
+    for degrees in (*SENT, *(replace(degrees, zero=3) for degrees in SENT)):
+        told, known = ([(cost.weights, cost.gradients, cost.state) for cost in Pricer(model, machine()).costs(
+            degrees)] for model in (stay, sent))
+        assert [sum(sizes) for sizes in zip(*told, strict=True)] == pytest.approx(
+            [sum(sizes) for sizes in zip(*known, strict=True)], rel=1e-3)
 
 
 @pytest.mark.parametrize("degrees", SENT, ids=Degrees.text)
