@@ -7,7 +7,8 @@
    rank and for more; the simulator says what 1F1B and interleaved 1F1B take on its stages, and for the best other
    published schedules. The search's bound is the least over all combinations, overlapped pairs allowed.
 3. DualPipeV where its overlapped pairs may gain most, on stages by a MIP that counts what it holds of each
-   (`mipipe.planner.teams.mixing`). Orders by tuned lists on stages in Vs and Ws
+   (`mipipe.planner.teams.mixing`); what may be faster than the best is priced then, and DualPipeV tried on that, too.
+   Orders by tuned lists on stages in Vs and Ws
    (`mipipe.planner.teams.waves`) for combinations whose busiest rank has least to do, as long as that is below the best
    step.
 4. The order level (`mipipe.planner.solve`) improves the schedule of the best pipelines in the time that is left, and of

@@ -223,6 +223,15 @@ class Predicts(torch.nn.Module):
         return {"loss": torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")}
 
 
+def test_why_frozen_segments_run_whole_is_told():
+    """Along the sequence what has no gradient is not divided; a reason that is not one of its sizes."""
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)).requires_grad_(False)
+    model[1].requires_grad_(True)
+    graph = capture_module(model, {"input": torch.zeros(2, 8, 32)}, loss=lambda output, inputs: output.square().sum(),
+                           granularity="module")
+    assert program(graph, "0", "context", 4)[1].whole == ("what has no gradient is not divided along the sequence",)
+
+
 @pytest.mark.parametrize("cut", [False, True])
 def test_context_members_have_rows_of_logits_each(cut):
     """Table and head whole, each member with its own positions, and no logits sent, but where rows do not divide: then

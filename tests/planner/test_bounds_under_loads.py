@@ -136,7 +136,7 @@ def test_bounds_of_groups_without_any_load() -> None:
 
 def test_bounds_without_a_solver() -> None:
     met = 0
-    for seed in range(60):
+    for seed in range(120):
         problem = loaded_problem(seed)
         best, own = shortest(problem)
         if best == 1 << 60:
@@ -155,7 +155,7 @@ def test_bounds_without_a_solver() -> None:
                 assert load_bound(build(stages)).ns <= least, seed
             except PlanError:  # an action of no time holds its bytes for none, and the bound counts them all the same
                 assert any(0.0 in group.loads or 0.1 in group.loads for group in problem.groups), seed
-    assert met > 3  # the bounds say something
+    assert met > 5  # the bounds say something
 
 
 @pytest.mark.slow

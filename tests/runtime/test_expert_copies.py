@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 from test_elastic_teams import MACHINE
 
 from mipipe.graphs.errors import InputError
+from mipipe.graphs.operator_graph import Phase
 from mipipe.graphs.serialize import digest
+from mipipe.graphs.sharding.gathered import EXPERT_COPIES
 from mipipe.graphs.tracing.dynamic_rows import DIRECT
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.team import Team, TeamMode
@@ -28,6 +30,7 @@ from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.runtime.checkpoints.checkpoint_run import Start
 from mipipe.runtime.checkpoints.own_pieces import divided_names, divided_shapes
 from mipipe.runtime.checkpoints.save import Target, save_weights
+from mipipe.runtime.engine.compiling.compile import divided_alike
 from mipipe.runtime.engine.compiling.team import member_graph, member_pieces
 from mipipe.runtime.engine.engine import Engine
 from mipipe.runtime.experts.layers import expert_layers
@@ -38,6 +41,7 @@ from mipipe.runtime.train.config import CheckpointConfig, ElasticExperts, Expert
 from mipipe.runtime.train.data import Batches
 from mipipe.runtime.train.launching.elastic import Supervisor
 from mipipe.runtime.train.launching.prepare import PreparedRun, check_copies, check_team, zero_of
+from mipipe.runtime.train.optim import takes_parts, whole_beside_experts
 from mipipe.runtime.train.training import Trainer
 
 pytestmark = pytest.mark.distributed
@@ -234,6 +238,27 @@ def test_matrices_of_experts_in_parts_are_put_together(pool, tmp_path):
     wanted, = pool.run(1, __file__, "train", alone, graph, ex.state_of(module), config)
     for losses in pool.run(4, __file__, "train", groups, graph, ex.state_of(module), config):
         assert losses == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_devices_with_the_same_experts_send_their_parts(zero):
+    """ZeRO-3 gathers a part of every expert before F and again before the backward, ZeRO-2 and 3 scatter what W makes,
+    both along the second dimension; ZeRO-1 does neither in a microbatch."""
+    _, graph = ex.captured()
+    made = divided_alike(member_graph(Team({}), graph), zero, Team({}), 4, 2, 2).graph
+    banks = {bank for layer in expert_layers(graph) for bank in layer.banks}
+    sent = [(op.kind.split(".")[1], op.phase, *op.args[1:]) for segment in made.segments
+            if banks & set(segment.parameters) for op in made.trace(segment).operators
+            if op.args and op.args[-1] == EXPERT_COPIES]
+    scatters, gathers = (sent.count((kind, phase, 1, 1, 2, EXPERT_COPIES)) for kind, phase in (
+        ("reduce_scatter", Phase.W), ("all_gather", Phase.F)))
+    assert (scatters, gathers) == (len(banks) * (zero > 1), len(banks) * (zero == 3))
+    assert bool(sent) == (zero > 1) and all(item[2:] == (1, 1, 2, EXPERT_COPIES) for item in sent)
+
+
+@pytest.mark.parametrize("name, hint", [("muon", True), ("reg", True), ("adafactor", False)])
+def test_a_way_out_is_named_where_there_is_one(name, hint):
+    assert ("plan with --degrees zero=2" in str(whole_beside_experts(name))) == hint == takes_parts(name, 2)
 
 
 @pytest.mark.parametrize("parallel, team, text", [

@@ -51,7 +51,7 @@ def test_equal_to_one_process_under_every_map(pool, ranks, planned):
     state, uneven = ex.state_of(module), ex.replicated_map(copies)
     blocks = contiguous_map(expert_layers(graph), copies)
     losses = []
-    for maps in ([uneven], [None, uneven, blocks]):
+    for maps in ([None], [uneven], [None, uneven, blocks]):
         answers = pool.run(4, ex.__file__, "run_steps", plan, graph, state, maps, STEPS)
         ex.check_equal(answers, reference(STEPS, copies))
         losses.append([answer["losses"] for answer in answers])
@@ -61,7 +61,7 @@ def test_equal_to_one_process_under_every_map(pool, ranks, planned):
     if planned:  # all-to-alls beside computing change no bit either
         plain = pool.run(4, ex.__file__, "run_steps", plan, graph, state, [None], STEPS, EngineOptions(overlap=False))
         assert [answer["losses"] for answer in plain] == losses[0]
-    assert losses[0] == losses[1]
+    assert losses[0] == losses[1] == losses[2]
     counts = sum(counter for answer in answers for counter in answer["counts"].values())
     assert counts.sum() == ex.LAYERS * 2 * copies * ex.COUNT * equal.ROWS * equal.LENGTH
     assert (counts[6:] == 0).all() and counts.max() > 3 * counts.double().mean()

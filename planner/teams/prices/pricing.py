@@ -184,8 +184,8 @@ class Pricer(SegmentProfiles):
             talks += work.collectives
         plain, again = (ahead_buffers + max(ahead, round(alive * count)) for alive in stays.alive)
         self._works[key] = PieceWork(found, round(stays.kept * count), round(stays.late * count),
-                                     round(stays.until_w * count), stays.held, stays.trained, buffers, workspace, plain,
-                                     again, talks, stays.summed, stays.lengths)
+                                     round(stays.until_w * count), buffers, workspace, plain, again,
+                                     talks, stays.lengths)
         return self._works[key]
 
     def _stays(self, kind: int, degrees: Degrees) -> PieceStays:
@@ -195,25 +195,19 @@ class Pricer(SegmentProfiles):
         key = kind, self.division(piece.members, degrees), way
         if key in self._stayed:
             return self._stayed[key]
-        kept = until_w = late = dense = experts = trained = trained_experts = summed = 0
+        kept = until_w = late = 0
         lengths: dict[tuple[int, bool], list[int]] = {}
         for member in piece.members:
             profile = self.profile(member, degrees)
             if index.runs(member, Phase.I) or index.runs(member, Phase.W):
                 kept += profile.kept.fi + profile.kept.fw
                 until_w, late = until_w + profile.kept.fw, late + profile.kept.iw
-            dense, experts = dense + profile.resident.dense, experts + profile.resident.experts
             for item in self.lengths(member, degrees):
                 own = lengths.setdefault((item.length, item.experts), [0, 0, 0])
                 own[:] = own[0] + item.held, own[1] + item.trained, own[2] + item.summed
-            if index.runs(member, Phase.W):
-                trained += profile.resident.trainable_dense
-                trained_experts += profile.resident.trainable_experts
-                if self.model.mode(member, degrees) == "batch":
-                    summed += profile.resident.trainable_dense
         self._stayed[key] = PieceStays(
-            self.model.split(piece.members[0], degrees)[1], kept, late, until_w, (dense, experts),
-            (trained, trained_experts), summed, tuple(HeldLength(*key, *sizes) for key, sizes in lengths.items()),
+            self.model.split(piece.members[0], degrees)[1], kept, late, until_w,
+            tuple(HeldLength(*key, *sizes) for key, sizes in lengths.items()),
             (self.alive(piece, degrees, False), self.alive(piece, degrees, True)))
         return self._stayed[key]
 

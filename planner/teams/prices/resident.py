@@ -29,25 +29,20 @@ class HeldLength:
 
 @dataclass(frozen=True, slots=True)
 class PieceWork:
-    """A piece's seconds and bytes of one microbatch on one member, and bytes of its parameters, dense and of experts
-    (``held``; those that train), as `PieceCost` has them; what F needs beside what stays, and where nothing but its
-    inputs does (``ahead_again``); how many collectives it waits for; and bytes of dense parameters that train and
-    whose gradients are sums over the tensor axis. ``lengths``: what devices that hold the same may have to leave whole.
-    """
+    """A piece's seconds and bytes of one microbatch on one member, and its parameters (``lengths``), as `PieceCost` has
+    them; what F needs beside what stays, and where nothing but its inputs does (``ahead_again``); how many collectives
+    it waits for."""
 
     phases: dict[Phase, PhaseCost]
     kept: int
     late: int
     until_w: int
-    held: tuple[int, int]
-    trained: tuple[int, int]
     buffers: int
     workspace: int
     ahead: int
     ahead_again: int
     collectives: int
-    summed: int = 0
-    lengths: tuple[HeldLength, ...] = ()
+    lengths: tuple[HeldLength, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +55,6 @@ class PieceStays:
     kept: int
     late: int
     until_w: int
-    held: tuple[int, int]
-    trained: tuple[int, int]
-    summed: int
     lengths: tuple[HeldLength, ...]
     alive: tuple[int, int]
 
@@ -92,18 +84,17 @@ def held_cost(machine: Machine, degrees: Degrees, work: PieceWork, phases: Mappi
     microbatch. What does not divide among these devices each has whole, whatever ``zero`` is."""
     found = dict(phases)
     size, summed_bytes, state_bytes = DTYPE_BYTES[machine.dtype], machine.gradient_bytes, machine.state_bytes
-    (dense, experts), (trained, trained_experts), summed = work.held, work.trained, work.summed
     classes = []
-    for held, trains, adds, alike, stride, lengths in (
-            (experts, trained_experts, 0, degrees.alike_experts,
-             degrees.expert if degrees.expert > 1 else degrees.tensor, [item for item in work.lengths if item.experts]),
-            (dense, trained, summed, degrees.alike, degrees.tensor,
-             [item for item in work.lengths if not item.experts])):
-        whole = [sum(sizes) for sizes in zip((0, 0, 0), *((item.held, item.trained, item.summed) for item in lengths
-                                                          if item.length % alike or not item.length), strict=True)]
-        for own, zero in (([held - whole[0], trains - whole[1], adds - whole[2]], degrees.zero), (whole, 0)):
-            classes += [(own[0] - own[2], own[1] - own[2], alike, stride, 1, zero),
-                        (own[2], own[2], alike, stride, degrees.tensor, zero)]
+    for experts, alike, stride in ((True, degrees.alike_experts,
+                                    degrees.expert if degrees.expert > 1 else degrees.tensor),
+                                   (False, degrees.alike, degrees.tensor)):
+        for zero in dict.fromkeys((degrees.zero, 0)):
+            own = [item for item in work.lengths if item.experts is experts
+                   and zero == (degrees.zero if item.length and not item.length % alike else 0)]
+            held, trains, adds = (sum(sizes) for sizes in zip((0, 0, 0), *(
+                (item.held, item.trained, item.summed) for item in own), strict=True))
+            classes += [(held - adds, trains - adds, alike, stride, 1, zero),
+                        (adds, adds, alike, stride, degrees.tensor, zero)]
     weights = gradients = state = 0
     reduce = gather = touched = 0.0
     gathered = ahead = 0

@@ -72,8 +72,8 @@ def tied_parameters(model: ModelPieces, machine: Machine, degrees: Degrees,
         trains = specs[fqn].trainable and any(model.index.runs(member, Phase.W) for member in members)
         trained = size if trains else 0
         length = divided_length(specs[fqn].spec.shape, own.parts[place], 0)
-        work = PieceWork({Phase.F: PhaseCost(), Phase.I: PhaseCost()}, 0, 0, 0, (size, 0), (trained, 0), 0, 0, 0, 0, 0,
-                         lengths=(HeldLength(length, False, size, trained, 0),))
+        work = PieceWork({Phase.F: PhaseCost(), Phase.I: PhaseCost()}, 0, 0, 0, 0, 0, 0, 0, 0,
+                         (HeldLength(length, False, size, trained, 0),))
         cost = held_cost(machine, degrees, work, work.phases, (0, 0, 0))
         gradients = trained // DTYPE_BYTES[machine.dtype] * machine.gradient_bytes  # all, also where parts are kept
         together = collective_ns(machine.fabric, CollectiveKind.ALL_REDUCE, gradients, 2 * degrees.alike,
