@@ -78,7 +78,7 @@ def test_what_passes_between_modes_is_what_members_send(llava, profiles, common,
     changed = 0
     for number, segment in enumerate(llava.segments):
         own = profiles.find(segment.trace, of_all[segment.name], 2)
-        phases, moved = resharded(pricer.model, number, own, pricer.facts(number, degrees).rules, degrees)
+        phases, moved = resharded(pricer.model, number, own, pricer.columns(number, degrees), degrees)
         changed += phases != own.phases or any(moved.values())
         ours = {phase: replace(work, collectives=(*work.collectives, *moved[phase])) for phase, work in phases.items()}
         assert talk(ours) == talk(all_work(member.trace(member.segments[number]))), segment.name
