@@ -202,10 +202,14 @@ def _first_plans(run: Run) -> large.Tuning | None:
 
 
 def _activities(run: Run, tuning: large.Tuning | None) -> list[Activity]:
-    """What the options allow beside annealing, in the order in which each has its first turn: moves come before what
-    asks HiGHS, whose first slices together may be all the time there is."""
+    """What the options allow beside annealing, in the order in which each has its first turn: the model that may prove
+    a small problem at once, then moves, before all else that asks HiGHS, whose first slices together may be all the
+    time there is."""
     slice_s = min(1.0, max(0.2, SHARES.first_slice * run.options.time_limit_s))
+    whole_s = SHARES.whole_model * run.options.time_limit_s
     found: list[Activity] = []
+    if run.options.use_milp:
+        found.append(Activity("exact", exactly.Deciding(run, run.problem).step, whole_s))
     if run.options.use_search:
         moving = Moving(run)
         found.append(Activity("moving", moving.step, slice_s, progress=lambda: moving.gained, wide=moving.step))
@@ -222,7 +226,7 @@ def _activities(run: Run, tuning: large.Tuning | None) -> list[Activity]:
         steps["repeating"] = Repeating(run).step
     found += [Activity(name, step, slice_s) for name, step in steps.items()]
     if run.options.use_milp:
-        found.append(Activity("indexing", Indexing(run).step, SHARES.whole_model * run.options.time_limit_s))
+        found.append(Activity("indexing", Indexing(run).step, whole_s))
     return found
 
 

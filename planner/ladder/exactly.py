@@ -1,10 +1,14 @@
-"""``plan --exact``: the literal MIP (`milp.order.exact`) as the whole solve, where it can prove something.
+"""The literal MIP (`milp.order.exact`) where it can prove something: as the whole solve (``plan --exact``), and in the
+loop of others.
 
-It decides placement and order at once, with one replica of each group. A chain's list schedule is its horizon, and the
-plan where it finds none in time. The model leaves out values in flight: where these overfill a rank, it is solved again
-with that much less memory; the first solve's bound stays, so such a plan may be left with a gap. If the bound over all
-placements does not prove the plan, the time-indexed MIP bounds its own placement. The model has every group a stage of
-its own: where joined stages may save bytes (`mipipe.planner.bounds.joined`) its bound is not taken.
+It decides placement and order at once, with one replica of each group. The model leaves out values in flight: where
+these overfill a rank, it is solved again with that much less memory; the first solve's bound stays, so such a plan may
+be left with a gap. The model has every group a stage of its own: where joined stages may save bytes
+(`mipipe.planner.bounds.joined`) its bound is not taken. In the loop the bound counts where one replica of each group,
+whose forwards never run again, is all there can be; else the model has a plan to offer alone.
+
+As the whole solve a chain's list schedule is its horizon, and the plan where it finds none in time; if the bound over
+all placements does not prove the plan, the time-indexed MIP bounds its own placement.
 
 Refused, with the reason: more than `MOST_JOBS` jobs or `MOST_PRODUCTS` products of assignments, recomputation, a fixed
 shape, other objectives, and collectives that hold memory.
@@ -13,16 +17,18 @@ shape, other objectives, and collectives that hold memory.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from mipipe.graphs.errors import InfeasibleError, InputError, ProblemError
 from mipipe.planner import clock
 from mipipe.planner.bounds.joined import without_joint_bytes
 from mipipe.planner.bounds.over_placements import Bound, problem_bound
-from mipipe.planner.ladder import order_rungs
+from mipipe.planner.ladder import order_rungs, placement_rungs
 from mipipe.planner.ladder.admission import RESERVES
 from mipipe.planner.ladder.candidate import Candidate, candidate, judge, offer_judged
+from mipipe.planner.ladder.proposals import replicas_fit
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.milp.highs import SolverStatus
 from mipipe.planner.milp.order import time_indexed
@@ -87,9 +93,7 @@ def rescue(run: Run) -> None:
     Lists take memory for a microbatch's saved tensors all at once; an order may begin its backward before. What the
     model proves is of one replica of each group, and is not taken.
     """
-    try:
-        refuse(run.problem, run.options)
-    except (InputError, ProblemError):
+    if not _takes(run.problem, run.options):
         return
     problem = run.problem
     for _ in range(RESERVES):
@@ -108,6 +112,54 @@ def rescue(run: Run) -> None:
         problem = _with_less(problem, excess)
     for found in run.candidates:
         order_rungs.seed(run, found)
+
+
+@dataclass(slots=True)
+class Deciding:
+    """The exact model in the loop, up to the incumbent, for longer each time; ``problem`` has less memory where values
+    in flight overfilled a rank. ``small``: whether the problem is the model's business; asked for at its first turn."""
+
+    run: Run
+    problem: PlanningProblem
+    ended: bool = False
+    small: bool | None = None
+
+    def step(self, seconds: float) -> bool:
+        """Solve for some seconds; False where the problem is too large, or the model has nothing left to say."""
+        run = self.run
+        if self.small is None:
+            self.small = _takes(run.problem, replace(run.options, recompute=False))
+        if self.ended or not self.small or run.best is None:
+            return False
+        began, before = time.monotonic(), run.makespan_ns
+        try:
+            result = solve_exact(self.problem, time_limit_s=seconds, seed=run.options.seed, horizon_ns=before)
+        except ProblemError:  # the model has no memory for what it holds
+            self.ended = True
+            return False
+        if self.problem is run.problem and not replicas_fit(run.problem) and not run.recomputes:
+            _bound(run, result)
+        excess = _take(run, result)
+        if excess:
+            self.problem = _with_less(self.problem, excess)
+        else:
+            self.ended = result.outcome.termination in (SolverStatus.OPTIMAL, SolverStatus.INFEASIBLE)
+        if run.makespan_ns < before:
+            order_rungs.seed(run, run.candidates[-1])
+        placement_rungs.record_placing(run, "exact MIP", "one replica of each group", before, began, result.outcome,
+                                       bound=result.bound_ns / run.problem.unit_ns)
+        if result.outcome.termination is SolverStatus.INTERRUPTED:
+            raise KeyboardInterrupt
+        return True
+
+
+def _takes(problem: PlanningProblem, options: PlanOptions) -> bool:
+    """Whether the exact model takes a problem with such options."""
+    try:
+        refuse(problem, options)
+    except (InputError, ProblemError):
+        return False
+    return True
 
 
 def refuse(problem: PlanningProblem, options: PlanOptions) -> None:
@@ -152,7 +204,7 @@ def _take(run: Run, result: ExactResult) -> tuple[int, ...]:
     if not judged.fits:
         return judged.excess_bytes
     offer_judged(found, judged, "exact MIP")
-    if run.best is None or found.makespan_ns <= run.makespan_ns:
+    if found.makespan_ns < run.makespan_ns:
         run.candidates.append(found)
         run.note(found, "exact MIP")
     return ()

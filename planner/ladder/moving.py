@@ -48,7 +48,13 @@ FORGIVEN = 0.0005
 """Share of its makespan by which every try without success sets a line back behind the others."""
 
 DRAWN = 400
-"""Neighbours that are drawn for a line in vain, none with a bound below the incumbent, before it ends."""
+"""Neighbours that are drawn for a line in vain before it looks farther and around."""
+
+LONGER_AFTER = 50
+"""Tries without success, at least, after which every try has a round of annealing more."""
+
+Key = tuple[object, ...]
+"""A placement, whichever of its microbatches comes first."""
 
 
 @dataclass(slots=True)
@@ -56,8 +62,9 @@ class Line:
     """From a candidate's placement to others: ``found`` is where it stands, ``latest`` the moments of its actions,
     ``left_ns`` the shortest makespan where it stood before, ``misses`` the tries since its record, ``drawn`` the
     neighbours drawn in vain since the last try, ``farther`` the moves beyond one or two that these are away,
-    ``looked_at`` the stages and routes of those that do not come again until all have been tried, ``tries`` how many of
-    them were, ``deviation`` the share by which it may become longer now."""
+    ``looked_at`` those (`Key`) that do not come again until all have been tried or one was shorter, ``tries`` how many
+    of them were, ``deviation`` the share by which it may become longer now, ``around`` whether bounds may as well, on
+    the way to what is shorter."""
 
     found: Candidate
     latest: Moments = field(default_factory=dict)
@@ -65,10 +72,11 @@ class Line:
     left_ns: int = NEVER_NS
     misses: int = 0
     drawn: int = 0
-    looked_at: set[tuple[object, ...]] = field(default_factory=set)
+    looked_at: set[Key] = field(default_factory=set)
     tries: int = 0
     farther: int = 0
     deviation: float = DEVIATION
+    around: bool = False
 
     @property
     def promise(self) -> float:
@@ -89,9 +97,10 @@ class Line:
         """Stand at another placement."""
         self.left_ns = self.record_ns
         self.found, self.seen_ns, self.farther = found, NEVER_NS, 0
-        self.begin_again()
+        self.drawn = 0
         if found.makespan_ns < self.left_ns:
-            self.misses, self.deviation = 0, DEVIATION
+            self.begin_again()
+            self.misses, self.deviation, self.around = 0, DEVIATION, False
 
     def begin_again(self) -> None:
         """Let all neighbours come again."""
@@ -109,9 +118,8 @@ class Line:
 
     @property
     def over(self) -> bool:
-        """Whether nothing is left to try: too many draws in vain, however far, or a best order with overlapped pairs,
-        of which none inherits."""
-        return self.drawn >= DRAWN or self.found.best is None or self.found.best.schedule.has_pairs
+        """Whether nothing is left to try: a best order with overlapped pairs, of which none inherits."""
+        return self.found.best is None or self.found.best.schedule.has_pairs
 
     @property
     def aside_ns(self) -> int:
@@ -197,16 +205,19 @@ class Moving:
             return None
         self.tries += 1
         line.misses += 1
-        found.instance.cap[:] -= in_flight(found.view)
         ends = 2 * found.view.num_stages  # moves of an end of a stage: when as many failed, rounds are too short
-        return Try(line, found, line.moments, line.allowed_ns - line.aside_ns, self.tries, 1 + line.misses // ends,
-                   time.monotonic())
+        return Try(line, found, line.moments, line.allowed_ns - line.aside_ns, self.tries,
+                   1 + line.misses // max(LONGER_AFTER, ends), time.monotonic())
 
     def _ordered(self, made: Try, end: float, over: Callable[[], bool]) -> Orders | None:
         """The orders that a neighbour inherits, if it does until a moment of the monotonic clock, annealed; in any
         thread."""
-        found = made.found
+        found, usual = made.found, in_flight(made.found.view)
+        found.instance.cap[:] -= usual
         orders = inherited(made.moments, found.instance, lambda: over() or time.monotonic() >= end)
+        if orders is None and usual.any():  # they may not all be there at once
+            found.instance.cap[:] += usual
+            orders = inherited(made.moments, found.instance, lambda: over() or time.monotonic() >= end)
         if orders is None:
             return None
         search = annealing.start(found.instance, orders, self.run.options.seed + 31 * made.number, found.bound.ns)
@@ -235,40 +246,45 @@ class Moving:
             self.gained += 1 - found.makespan_ns / record
 
     def _neighbour(self, line: Line, end: float) -> Candidate | None:
-        """A neighbour of a line's placement that is no candidate's and whose bound is below the incumbent; None where
-        none was drawn by a moment of the monotonic clock."""
+        """A neighbour of a line's placement that is no candidate's and whose bound is below the incumbent, or, around,
+        below what the line may become; None where none was drawn by a moment of the monotonic clock."""
         run = self.run
         while line.drawn < DRAWN and time.monotonic() < end and not run.closed:
             clock.ask()
             line.drawn += 1
             several = [one for one in (self._drawn(line) for _ in range(SEVERAL))
-                       if one is not None and (one.stages, one.routes) not in line.looked_at
-                       and resident_fits(run.problem, one)]
+                       if one is not None and key_of(one) not in line.looked_at and resident_fits(run.problem, one)]
             ends = [earliest_end(run.problem, one, self.heads) for one in several]
             placement = several[ends.index(min(ends))] if several else None
             if placement is None:
                 continue
-            line.looked_at.add((placement.stages, placement.routes))
-            if min(ends) >= run.makespan_ns or any(order_rungs.same(other.placement, placement)
-                                                   for other in list(run.candidates)):
+            line.looked_at.add(key_of(placement))
+            limit = line.allowed_ns if line.around else run.makespan_ns
+            if min(ends) >= limit or any(order_rungs.same(other.placement, placement)
+                                         for other in list(run.candidates)):
                 continue
             try:
                 found = candidate(run.problem, placement, then(line.found.proposer, MOVING))
             except PlanError:
                 continue
-            if found.bound.ns < run.makespan_ns:
+            if found.bound.ns < limit:
                 line.drawn = 0
                 line.tries += 1
                 return found
-        if line.drawn >= DRAWN and line.tries:  # of all that are worth it every one was tried: for longer next time
+        if line.drawn >= DRAWN:
+            if not line.tries:  # what is nearer has no better bound
+                line.farther = (line.farther + 1) % (len(run.problem.groups) + 1)
             line.begin_again()
-            line.deviation = min(FARTHEST, 2 * line.deviation)
-        elif line.drawn >= DRAWN and line.farther < len(run.problem.groups):  # what is nearer has no better bound
-            line.begin_again()
-            line.farther += 1
+            line.deviation, line.around = min(FARTHEST, 2 * line.deviation), True
         return None
 
     def _drawn(self, line: Line) -> Placement | None:
         """A placement a move or two from where a line stands."""
         return drawn(self.run.problem, line.found.placement, self.rng, again=self.run.recomputes,
-                     farther=line.farther)
+                     farther=line.farther, around=line.around)
+
+
+def key_of(placement: Placement) -> Key:
+    """The stages, and where the microbatches run, sorted."""
+    stages = tuple((stage.groups, stage.recompute) for stage in placement.stages)
+    return stages, tuple(sorted(zip(*placement.routes, strict=True)))

@@ -165,14 +165,14 @@ def moved_name(placement: Placement) -> str:
 
 
 def drawn(problem: PlanningProblem, placement: Placement, rng: random.Random, *, again: bool = False,
-          farther: int = 0) -> Placement | None:
+          farther: int = 0, around: bool = False) -> Placement | None:
     """A placement one or two moves away, or so many ``farther``; of M microbatches one move in M + 1 makes new hosts,
-    most of which reroute some, as that changes about the M-th part of a stage's work. None where a move comes to
-    nothing. ``again``: forwards may run again, or no more."""
+    most of which reroute some, as that changes about the M-th part of a stage's work, and ``around`` every second one
+    does. None where a move comes to nothing. ``again``: forwards may run again, or no more."""
     found: Placement | None = placement
     making = (rerouted, rerouted, elsewhere, *((toggled,) if again else ()))
     for _ in range(rng.choice((1, 1, 2)) + farther):
-        makes = rng.random() * (problem.num_microbatches + 1) < 1
+        makes = rng.random() < (0.5 if around else 1 / (problem.num_microbatches + 1))
         found = found and (rng.choice(making) if makes else neighbour)(problem, found, rng)
     return found
 

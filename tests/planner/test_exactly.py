@@ -135,3 +135,29 @@ def test_times_are_far_apart(times: list[tuple[int, int | None, int | None]], se
     assert result.bound_ns <= 3 * sum(phase or 0 for of in times for phase in of)  # all on one device
     assert result.placement is not None and result.schedule is not None
     assert evaluate(view(problem, result.placement), result.schedule)[1].makespan_ns == result.makespan_ns
+
+
+def _alone(problem: PlanningProblem) -> PlanningProblem:
+    """The problem with no room for a second replica of any group, and without bytes that joining groups may save."""
+    return problem.replace(groups=tuple(replace(group, single=True) for group in problem.groups),
+                           edges=tuple(replace(edge, num_bytes=0, grad_bytes=None if edge.grad_bytes is None else 0)
+                                       for edge in problem.edges))
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(problems(max_jobs=12))
+def test_a_solve_of_a_small_problem_ends_with_the_proof(problem: PlanningProblem) -> None:
+    """Where one replica of each group is all there can be, the loop's plan is the shortest, and known to be."""
+    problem = _alone(problem)
+    result = plan(problem, PlanOptions(time_limit_s=20))
+    assert result.makespan_ns == result.bound_ns == min(optimum(view) for view in placements(problem))
+    assert result.termination is Termination.OPTIMAL and result.seconds < 15
+
+
+def test_with_replicas_the_exact_bound_is_not_taken_by_the_loop() -> None:
+    """Three copies of the model, a microbatch each, are shorter than anything with one replica of each group."""
+    problem = uniform_problem(ranks=3, microbatches=3, f=2, i=2, w=1, comm=1, layers=3, copies=3, activations=9)
+    alone = _exactly(problem)
+    result = plan(problem, PlanOptions(time_limit_s=2))
+    assert alone.bound_ns is not None and result.makespan_ns is not None and result.bound_ns is not None
+    assert result.bound_ns <= result.makespan_ns == 15 * problem.unit_ns < alone.bound_ns

@@ -20,7 +20,7 @@ from mipipe.planner.ladder.activities import Indexing, Pacing, Polishing, Provin
 from mipipe.planner.ladder.admission import admit_placement
 from mipipe.planner.ladder.candidate import candidate
 from mipipe.planner.ladder.inherit import inherited, moments_of
-from mipipe.planner.ladder.moving import MOVING, Line, Moving
+from mipipe.planner.ladder.moving import DEVIATION, MOVING, Line, Moving
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.placements.cuts import colocated
@@ -322,7 +322,9 @@ def test_a_line_goes_on_to_what_is_as_short_as_its_record_however_short() -> Non
 
 def test_moves_have_their_turn_before_the_solver_takes_the_time() -> None:
     run = Run(uneven_chain([9, 1], ranks=2, microbatches=1), PlanOptions(time_limit_s=1))
-    assert _activities(run, None)[0].name == "moving"
+    assert [activity.name for activity in _activities(run, None)[:2]] == ["exact", "moving"]
+    without = PlanOptions(use_milp=False)
+    assert next(activity.name for activity in _activities(Run(run.problem, without), None)) == "moving"
 
 
 def test_forwards_that_run_again_inherit_an_order() -> None:
@@ -353,13 +355,20 @@ def test_whole_copies_are_proposed_where_they_fit_on_every_rank() -> None:
 
 
 def test_where_no_neighbour_may_be_better_what_is_farther_is_drawn() -> None:
-    """A line whose neighbours all have bounds too high is not over: it draws several moves at once, then more."""
+    """A line whose neighbours all have bounds too high is not over: it draws several moves at once, then more, then
+    begins again, and may pass bounds that are higher and higher."""
     run = Run(uneven_chain([9, 1, 1], ranks=2, microbatches=1), PlanOptions(time_limit_s=1000, threads=1))
     admit_placement(run, next(propose_shapes(run.problem, "chain")))
     moving = Moving(run)
     moving._begin_lines()
-    moving.heads = [run.makespan_ns] * 3  # nothing ends before that
+    moving.heads = [2 * run.makespan_ns] * 3  # nothing ends before that
     line = moving.lines[0]
-    for farther in range(1, 4):
+    for farther in (1, 2, 3, 0, 1):
         assert moving._neighbour(line, float("inf")) is None and line.farther == farther and not line.over
-    assert moving._neighbour(line, float("inf")) is None and line.over
+    assert line.deviation > 10 * DEVIATION
+    moving.heads = [0] * 3
+    for _ in range(50):
+        found = moving._neighbour(line, float("inf"))
+        if found is not None and run.makespan_ns <= found.bound.ns:
+            break
+    assert found is not None and run.makespan_ns <= found.bound.ns < line.allowed_ns
