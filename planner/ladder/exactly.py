@@ -49,6 +49,10 @@ MOST_PRODUCTS = 20_000
 """Products of two assignments (pairs of units x devices squared) up to which the model is written."""
 
 
+BUILT_S = 2e-4
+"""Seconds that writing the model down takes, for every job squared, at most."""
+
+
 def climb(run: Run, admit: Callable[[Run, Placement], Candidate | None]) -> None:
     """Solve the exact model and make its plan the run's.
 
@@ -117,7 +121,8 @@ def rescue(run: Run) -> None:
 @dataclass(slots=True)
 class Deciding:
     """The exact model in the loop, up to the incumbent, for longer each time; ``problem`` has less memory where values
-    in flight overfilled a rank. ``small``: whether the problem is the model's business; asked for at its first turn."""
+    in flight overfilled a rank. ``small``: whether the problem is the model's business, and the model is written down
+    within a slice of the time limit; asked for at its first turn."""
 
     run: Run
     problem: PlanningProblem
@@ -128,7 +133,9 @@ class Deciding:
         """Solve for some seconds; False where the problem is too large, or the model has nothing left to say."""
         run = self.run
         if self.small is None:
-            self.small = _takes(run.problem, replace(run.options, recompute=False))
+            longest = SHARES.longest_slice * run.options.time_limit_s
+            self.small = (_takes(run.problem, replace(run.options, recompute=False))
+                          and BUILT_S * num_jobs(run.problem) ** 2 <= longest)
         if self.ended or not self.small or run.best is None:
             return False
         began, before = time.monotonic(), run.makespan_ns
