@@ -137,7 +137,7 @@ from mipipe.planner.solve import plan
 
 for file in sys.argv[1:]:
     for objective in ("makespan", "period"):
-        assert plan(load(file, PlanningProblem), PlanOptions(time_limit_s=3, objective=objective)).plan is not None
+        assert plan(load(file, PlanningProblem), PlanOptions(time_limit_s=5, objective=objective)).plan is not None
 """
 
 

@@ -20,6 +20,7 @@ from predictions import rows, sailor, zero_bubble
 from predictions.build import Builder
 from predictions.report import predict, show, summary
 
+BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 RUN = {"group": "korthikanti_table5", "id": "a", "model": "GPT tiny", "layers": "4", "hidden": "256", "heads": "4",
        "hardware": "A100 80GB", "n_gpus": "8", "precision": "FP16", "seq_len": "128", "global_batch": "16",
        "micro_batch": "2", "tp": "2", "pp": "2", "cp": "1", "vpp": "2", "dp_or_fsdp": "dp=2",
@@ -162,7 +163,7 @@ def test_files_that_are_none_are_one_line(tmp_path: Path) -> None:
             (("--sailor", "sailor.csv", "--profiles", "bad.json"), 1, "bad.json: not readable as JSON"),
             (("--sailor", "sailor.csv", "--profiles", "empty.json"), 1, "empty.json: found a dict of 0, expected"),
             (("--sailor", "sailor.csv", "--profiles", "none.json"), 1, "none.json: cannot be read")):
-        ended = subprocess.run([sys.executable, sys.path[0] + "/published.py", *options], cwd=tmp_path, text=True,
+        ended = subprocess.run([sys.executable, BENCHMARKS / "published.py", *options], cwd=tmp_path, text=True,
                                capture_output=True, timeout=120)
         last = ended.stderr.splitlines()[-1]
         assert ended.returncode == code and told in last and not ended.stdout, (options, ended.stderr)
