@@ -26,6 +26,7 @@ from mipipe.planner.how import How
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.milp.calls import counting
 from mipipe.planner.options import PlanOptions
+from mipipe.planner.placements.shapes import proposes_all
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.problems.uniform import in_units
 from mipipe.planner.schedules import BASELINES, Baseline, folded_name, with_chunks
@@ -153,7 +154,8 @@ def _planned_row(problem: PlanningProblem, options: PlanOptions, rows: Sequence[
         if here.ns < lowest:
             lowest, how = here.ns, dataclasses.replace(how, bound=here.what)
     bound = units_or_none(lowest, problem)
-    scope = "all placements within the caps" if options.placement == "free" else f"placement {options.placement}"
+    scope = (f"placement {options.placement}" if options.placement != "free"
+             and proposes_all(problem, options.placement) else "all placements within the caps")
     return dataclasses.replace(row, bound=bound, gap=gap_of(_makespan(row), bound),
                                bound_scope=None if bound is None else scope, rung=rung, without_baselines=own,
                                seconds=seconds, how=how)

@@ -12,14 +12,16 @@ returned.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import islice
 from typing import Any
 
-from mipipe.graphs.errors import InfeasibleError
+from mipipe.graphs.errors import InfeasibleError, PlanError
 from mipipe.graphs.serialize import to_data
 from mipipe.planner import clock
+from mipipe.planner.bounds.at_placement import placement_bound
 from mipipe.planner.bounds.over_placements import Bound, problem_bound
 from mipipe.planner.check import check_plan
 from mipipe.planner.clock import OutOfTimeError, noting_ctrl_c
@@ -27,6 +29,7 @@ from mipipe.planner.execution.steps import schedule_period
 from mipipe.planner.explain.binding import explain_plan
 from mipipe.planner.gap import gap_of
 from mipipe.planner.how import How
+from mipipe.planner.jobs.stages import view
 from mipipe.planner.ladder import exactly, fitting, large, order_rungs, period, placement_rungs
 from mipipe.planner.ladder.activities import Indexing, Pacing, Polishing, Proving, Tightening
 from mipipe.planner.ladder.admission import admit_placement, enter, has_plan, recomputing, take
@@ -43,9 +46,9 @@ from mipipe.planner.milp.calls import Ledger, counting
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.placements.feasible import why_infeasible
 from mipipe.planner.placements.shapes import propose_shapes
-from mipipe.planner.plan import Plan
+from mipipe.planner.plan import Placement, Plan, Stage
 from mipipe.planner.problem import PlanningProblem
-from mipipe.planner.sizes import NEVER_NS
+from mipipe.planner.sizes import NEVER_NS, VERY_MANY
 from mipipe.planner.time_shares import SHARES
 
 __all__ = ["Incumbent", "Progress", "SolveResult", "Termination", "plan"]
@@ -153,6 +156,8 @@ def _for_makespan(run: Run) -> Plan | None:
 def _ladder(run: Run) -> None:
     """First plans by lists, then the loop: propose, order and prove until the proof or the limit."""
     run.raise_bound(problem_bound(run.problem))
+    if run.problem.num_ranks == 1 and not run.recomputes:
+        _bound_alone(run)
     tuning = _first_plans(run)
     if not run.candidates and run.options.recompute:
         recomputing(run)
@@ -176,6 +181,15 @@ def _ladder(run: Run) -> None:
                              "before": before / run.problem.unit_ns, "variables": None, "constraints": None,
                              "makespan": (annealed[-1].makespan_ns if annealed else before) / run.problem.unit_ns,
                              "seconds": round(run.seconds - began, 3)})
+
+
+def _bound_alone(run: Run) -> None:
+    """The bound on one device, where nothing is placed: no group waits less than as a stage of its own."""
+    groups, count = range(len(run.problem.groups)), run.problem.num_microbatches
+    if 3 * len(groups) * count <= VERY_MANY:
+        apart = Placement(tuple(Stage((g,), (0,)) for g in groups), ((0,) * count,) * len(groups), "alone")
+        with suppress(PlanError):  # what never fits is said where it is placed
+            run.raise_bound(placement_bound(view(run.problem, apart)))
 
 
 def _first_plans(run: Run) -> large.Tuning | None:
@@ -202,17 +216,17 @@ def _first_plans(run: Run) -> large.Tuning | None:
 
 
 def _activities(run: Run, tuning: large.Tuning | None) -> list[Activity]:
-    """What the options allow beside annealing, in the order in which each has its first turn: the model that may prove
-    a small problem at once, then moves, before all else that asks HiGHS, whose first slices together may be all the
-    time there is."""
+    """What the options allow beside annealing, in the order in which each has its first turn: moves come before what
+    asks HiGHS, whose first slices together may be all the time there is; of that the model that may prove a small
+    problem at once is first."""
     slice_s = min(1.0, max(0.2, SHARES.first_slice * run.options.time_limit_s))
     whole_s = SHARES.whole_model * run.options.time_limit_s
     found: list[Activity] = []
-    if run.options.use_milp:
-        found.append(Activity("exact", exactly.Deciding(run, run.problem).step, whole_s))
     if run.options.use_search:
         moving = Moving(run)
         found.append(Activity("moving", moving.step, slice_s, progress=lambda: moving.gained, wide=moving.step))
+    if run.options.use_milp:
+        found.append(Activity("exact", exactly.Deciding(run, run.problem).step, whole_s))
     steps: dict[str, Callable[[float], bool]] = {"bound": Tightening(run).step}
     if run.options.use_milp:
         steps |= {"pacing": Pacing(run).step, "proposing": Proposing(run, take).step, "proving": Proving(run).step,

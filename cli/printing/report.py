@@ -18,6 +18,7 @@ from mipipe.planner.execution.steps import quick_period
 from mipipe.planner.gap import gap_of
 from mipipe.planner.how import How, how_lines, how_of
 from mipipe.planner.options import options_of
+from mipipe.planner.placements.shapes import proposes_all
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.problems.on_cluster import ModelFacts
@@ -262,8 +263,8 @@ def bound_line(plan: Plan) -> str:
     parts = [f"makespan {terminal.format_time(plan.makespan_ns, unit)}"]
     options = options_of(plan)
     over = ("bound over placements with one replica of each group" if options.exact else
-            "bound over all placements" if options.placement == "free" else
-            f"bound over placements of shape {options.placement}")
+            f"bound over placements of shape {options.placement}" if options.placement != "free"
+            and proposes_all(plan.problem, options.placement) else "bound over all placements")
     for name, bound in ((over, plan.bound_ns),
                         ("bound at this placement", plan.placement_bound_ns)):
         if bound is not None:

@@ -12,7 +12,8 @@ devices is at least the sum of the D smallest heads, where as many devices may s
 into the memory left over. On a chain the first gradients are further apart: no two devices have one of the same group
 and microbatch (`mipipe.planner.bounds.first_gradients`); a device that does nothing waits for no gradient, so no moment
 beyond the bound counts (`_within`). Groups without resident bytes can be everywhere: they count as
-filling idle time with all their work, or as sharable, whichever is better.
+filling idle time with all their work (of every phase), or as sharable, whichever is better. A device's updates come
+after all its work, so they count as work, and each at the end of its group's path.
 
 Where a forward and a backward may overlap, work counts at a pair's ratio r (`mipipe.planner.jobs.overlap`), and so does
 what fills idle time. A device whose first gradient comes at t and whose first group starts at h does at most t - h of
@@ -76,6 +77,7 @@ def _stream_bound(problem: PlanningProblem, facts: GroupTimes, members: list[int
     gain = pair_gain(problem)
     work = gain.shared(sum(work_of(problem, problem.groups[g], duration) for g in members
                            for duration in (facts.f[g], facts.i[g], facts.w[g])))
+    work += sum(group.update_ns for group in problem.groups)
     start = _idle_before_start(problem, facts, members)
     gradient = 0
     if stream is Stream.COMPUTE:
@@ -120,11 +122,16 @@ def _within(idle: Callable[[int], int], known: int, most: int, work: int, device
 
 
 def _idle_before_start(problem: PlanningProblem, facts: GroupTimes, members: list[int]) -> int:
-    fill = [g for g in members if not problem.groups[g].resident_bytes]
-    filled = sum(work_of(problem, problem.groups[g], facts.f[g]) for g in fill)
+    filled = _of_everywhere(problem, facts, members)
     bound = [(facts.head[g], problem.groups[g].resident_bytes) for g in members]
     solid = [(head, size) for head, size in bound if size]
     return max(_spread(problem, bound), _spread(problem, solid) - filled)
+
+
+def _of_everywhere(problem: PlanningProblem, facts: GroupTimes, members: list[int]) -> int:
+    """All work, of every phase, of the groups without resident bytes: any device may do it before its first other."""
+    return sum(work_of(problem, problem.groups[g], duration) for g in members
+               if not problem.groups[g].resident_bytes for duration in (facts.f[g], facts.i[g], facts.w[g]))
 
 
 def _idle_without_pairs(problem: PlanningProblem, facts: GroupTimes, members: list[int], ratio: Fraction) -> int:
@@ -180,8 +187,7 @@ def _before_gradients(problem: PlanningProblem, facts: GroupTimes, members: list
             free += light
         else:
             free += min(light, facts.f[g] * room // held[g] + 1)
-    filled = sum(work_of(problem, problem.groups[g], duration) for g in members
-                 if not problem.groups[g].resident_bytes for duration in (facts.f[g], facts.i[g], facts.w[g]))
+    filled = _of_everywhere(problem, facts, members)
     ratio = pair_gain(problem).ratio
     forwards = int(ratio * (int(room * per_byte) + free + 1)) + 1
     chains = []
@@ -298,16 +304,17 @@ def facts_of(problem: PlanningProblem) -> GroupTimes:
     gain = pair_gain(problem)
     return GroupTimes(f, i, w, [gain.shortened(path) for path in head],
                       [None if path is None else gain.shortened(path) for path in gradient_head],
-                      gain.shortened(longest))
+                      max(gain.shortened(path) + group.update_ns
+                          for path, group in zip(longest, problem.groups, strict=True)))
 
 
 def _gradient_heads(problem: PlanningProblem, light: list[list[int]], forward: list[tuple[int, int]],
-                    backward: list[list[int]], hops: Callable[[int], int]) -> tuple[list[int | None], int]:
-    """Per group the earliest moment of its gradient, and the longest path of one microbatch."""
+                    backward: list[list[int]], hops: Callable[[int], int]) -> tuple[list[int | None], list[int]]:
+    """Per group the earliest moment of its gradient, and the longest path of one microbatch to its end."""
     phases = [next(iter(group.times.values())) for group in problem.groups]
     behind: list[int] = [group.resident_bytes for group in problem.groups]  # bytes of the chain of gradients behind g
     heads: list[int | None] = [None] * len(phases)
-    longest = max(length + hops(held) for length, held in forward)
+    longest = [length + hops(held) for length, held in forward]
     for g in reversed(range(len(phases))):
         if phases[g].i_ns is None and phases[g].w_ns is None:
             continue
@@ -321,7 +328,7 @@ def _gradient_heads(problem: PlanningProblem, light: list[list[int]], forward: l
             if arrival > best:
                 best, behind[g] = arrival, held
         heads[g] = best
-        longest = max(longest, best + light[1][g] + light[2][g])
+        longest[g] = max(longest[g], best + light[1][g] + light[2][g])
     return heads, longest
 
 

@@ -3,9 +3,9 @@ loop of others.
 
 It decides placement and order at once, with one replica of each group. The model leaves out values in flight: where
 these overfill a rank, it is solved again with that much less memory; the first solve's bound stays, so such a plan may
-be left with a gap. The model has every group a stage of its own: where joined stages may save bytes
-(`mipipe.planner.bounds.joined`) its bound is not taken. In the loop the bound counts where one replica of each group,
-whose forwards never run again, is all there can be; else the model has a plan to offer alone.
+be left with a gap. The model has every group a stage of its own: where joined stages may save bytes, or time on a
+channel (`mipipe.planner.bounds.joined`), its bound is not taken. In the loop the bound counts where one replica of each
+group, whose forwards never run again, is all there can be; else the model has a plan to offer alone.
 
 As the whole solve a chain's list schedule is its horizon, and the plan where it finds none in time; if the bound over
 all placements does not prove the plan, the time-indexed MIP bounds its own placement.
@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 
 from mipipe.graphs.errors import InfeasibleError, InputError, ProblemError
 from mipipe.planner import clock
-from mipipe.planner.bounds.joined import without_joint_bytes
+from mipipe.planner.bounds.joined import is_chain, without_joint_bytes
 from mipipe.planner.bounds.over_placements import Bound, problem_bound
 from mipipe.planner.ladder import order_rungs, placement_rungs
 from mipipe.planner.ladder.admission import RESERVES
@@ -191,14 +191,16 @@ def refuse(problem: PlanningProblem, options: PlanOptions) -> None:
 
 
 def _bound(run: Run, result: ExactResult) -> None:
-    """Take the model's bound over placements with one replica of each group, where joining groups saves no bytes.
+    """Take the model's bound over placements with one replica of each group, where joining groups saves no bytes and
+    lets no transfer pass another.
 
     Raises:
         InfeasibleError: there is none that fits.
     """
     if result.outcome.termination is SolverStatus.INFEASIBLE and run.best is None:
         raise InfeasibleError("no placement with one replica of each group fits the memory in any order")
-    if without_joint_bytes(run.problem) is run.problem:  # else joined stages may be shorter than all apart
+    shortest_apart = without_joint_bytes(run.problem) is run.problem and (not result.queued or is_chain(run.problem))
+    if shortest_apart:  # else joined stages may be shorter
         run.raise_bound(Bound(result.bound_ns, "exact MIP"))
 
 

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mipipe.graphs.errors import PlanError
 from mipipe.planner import clock
@@ -28,7 +28,7 @@ from mipipe.planner.ladder.race import TRIED_S
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.placements.cuts import earliest_end
 from mipipe.planner.placements.moves import drawn, is_movable
-from mipipe.planner.placements.shapes import resident_fits
+from mipipe.planner.placements.shapes import keeps_shape, resident_fits
 from mipipe.planner.plan import Placement
 from mipipe.planner.search import annealing
 from mipipe.planner.search.orders import Orders
@@ -188,7 +188,7 @@ class Moving:
     def _begin_lines(self) -> None:
         """Begin lines at candidates that are no line's yet."""
         run = self.run
-        if run.options.placement != "free" or run.problem.num_ranks < 2:
+        if run.problem.num_ranks < 2 or (run.options.placement != "free" and run.of_shape):
             return
         for found in run.candidates:
             if (found not in self.known and found.best is not None and not found.best.schedule.has_pairs
@@ -279,9 +279,13 @@ class Moving:
         return None
 
     def _drawn(self, line: Line) -> Placement | None:
-        """A placement a move or two from where a line stands."""
-        return drawn(self.run.problem, line.found.placement, self.rng, again=self.run.recomputes,
-                     farther=line.farther, around=line.around)
+        """A placement a move or two from where a line stands; of the shape asked for, if any, that shape cut otherwise.
+        """
+        run, known = self.run, line.found.placement
+        made = drawn(run.problem, known, self.rng, again=run.recomputes, farther=line.farther, around=line.around)
+        if made is None or run.options.placement == "free":
+            return made
+        return replace(made, name=known.name) if keeps_shape(known, made) else None
 
 
 def key_of(placement: Placement) -> Key:

@@ -11,6 +11,7 @@ from typing import Any
 from mipipe.planner.bounds.over_placements import Bound
 from mipipe.planner.ladder.candidate import Candidate
 from mipipe.planner.options import PlanOptions
+from mipipe.planner.placements.shapes import proposes_all
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.sizes import NEVER_NS
 
@@ -67,6 +68,7 @@ class Run:
     period_ns: int = NEVER_NS
     period_bound_ns: int = 0
     judging_s: float = 0.0
+    covered: bool | None = None
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     @property
@@ -109,7 +111,7 @@ class Run:
     def lowest(self) -> Bound | None:
         """The bound over all placements, or over those of the shape asked for; None before the first."""
         over_all = None if self.bound_ns is None else Bound(self.bound_ns, self.bound_what)
-        if self.options.placement == "free" or not self.candidates or not self.entered or self.recomputes:
+        if self.options.placement == "free" or not self.candidates or not self.entered or not self.of_shape:
             return over_all
         least = min((found.bound for found in self.candidates), key=lambda bound: bound.ns)
         count = len(self.candidates)
@@ -126,6 +128,14 @@ class Run:
     def recomputes(self) -> bool:
         """Whether stages may run F again; then a shape stands for more placements than are ever listed."""
         return self.options.recompute and any(group.recompute_bytes is not None for group in self.problem.groups)
+
+    @property
+    def of_shape(self) -> bool:
+        """Whether every placement of the shape asked for is proposed, so that the least of their bounds is one over all
+        of them."""
+        if self.covered is None:
+            self.covered = not self.recomputes and proposes_all(self.problem, self.options.placement)
+        return self.covered
 
     def leave_out(self, least_ns: int) -> None:
         """Note a placement that there is no time for, and what it could reach at best."""

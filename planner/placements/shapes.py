@@ -99,6 +99,22 @@ def _equal(problem: PlanningProblem, parts: Sequence[Sequence[int]]) -> bool:
     return len({sum(work[g][0] for g in part) for part in parts}) == 1
 
 
+def proposes_all(problem: PlanningProblem, name: str) -> bool:
+    """Whether `propose_shapes` gives every placement of a named shape, so that a bound may be one over these: where it
+    can be cut in one way, or all layers are equal (a named shape of these is the published one, in equal stages)."""
+    own, blocks = shapes(problem.num_ranks, name), len(units(problem))
+    return bool(own) and all(blocks <= shape.num_stages or _equal(problem, fit_cuts(problem, shape)) for shape in own)
+
+
+def keeps_shape(known: Placement, other: Placement) -> bool:
+    """Whether a placement differs from a known one in where its groups are cut alone: as many stages, on the same
+    ranks, each of consecutive groups."""
+    groups = [g for stage in other.stages for g in stage.groups]
+    return (groups == sorted(groups) and known.routes == other.routes
+            and [(stage.ranks, stage.recompute) for stage in known.stages]
+            == [(stage.ranks, stage.recompute) for stage in other.stages])
+
+
 def all_placements(problem: PlanningProblem, name: str = "free") -> Iterator[Placement]:
     """Placements of the allowed shapes, whether or not their weights fit."""
     ends = light_ends(problem)

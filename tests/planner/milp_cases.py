@@ -90,7 +90,7 @@ def optimum(stage_view: StageView, best: int = 1 << 60, actions: list[Action] | 
         for consumer, *_ in releases:
             waits[consumer] += 1
     state = {"best": best}
-    ranks = stage_view.problem.num_ranks
+    ranks, updates = stage_view.problem.num_ranks, stage_view.updates_ns()
 
     def go(now: int, done: frozenset[int], ready: dict[int, int], left: dict[int, int], free_at: tuple[int, ...],
            held: tuple[int, ...], queue: dict[int, int], makespan: int) -> None:
@@ -118,7 +118,7 @@ def optimum(stage_view: StageView, best: int = 1 << 60, actions: list[Action] | 
                 open_[consumer] -= 1
             go(start, done | {job}, later, open_, (*free_at[:rank], end, *free_at[rank + 1:]),
                (*held[:rank], held[rank] + jobs.alloc[job] - jobs.free[job], *held[rank + 1:]), channels,
-               max(makespan, end))
+               max(makespan, end + updates[rank]))
 
     go(0, frozenset(), dict.fromkeys(range(jobs.count), 0), dict(enumerate(waits)), (0,) * ranks, (0,) * ranks, {}, 0)
     return state["best"]

@@ -9,6 +9,7 @@ from random import Random
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 from mipipe.graphs.errors import PlanError
 from mipipe.graphs.topology import Device, Link, Topology
@@ -271,3 +272,36 @@ def test_a_bound_on_moments_takes_few_passes_and_asks_the_clock(monkeypatch):
     assert len(passes) < 2 * 40  # units with resident bytes and all units
     with pytest.raises(clock.OutOfTimeError), clock.watched(lambda: -1.0):
         problem_bound(problem)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(problems(max_jobs=10), st.lists(st.integers(0, 1), min_size=3, max_size=3),
+       st.lists(st.sampled_from([0, 0, 2, 9]), min_size=3, max_size=3))
+def test_groups_that_can_be_everywhere_and_updates(problem: PlanningProblem, sizes: list[int],
+                                                   updates: list[int]) -> None:
+    """What has no resident bytes fills idle time with all its phases; a device's updates follow its work."""
+    groups = tuple(replace(group, resident_bytes=size, update_ns=update)
+                   for group, size, update in zip(problem.groups, sizes, updates, strict=False))
+    problem = problem.replace(groups=groups)
+    assert problem_bound(problem).ns <= min(map(optimum, placements(problem)))
+
+
+def test_a_backward_without_resident_bytes_fills_the_wait_for_a_group_that_has_some() -> None:
+    """F of a, then of b, on a device each; the other group's ten fill the wait for b."""
+    groups = (Group("a", {"d": PhaseTimes(10, None, None)}, resident_bytes=5),
+              Group("x", {"d": PhaseTimes(1, 9, None)}),
+              Group("b", {"d": PhaseTimes(1, None, None)}, resident_bytes=5))
+    problem = PlanningProblem("idle", groups, (GroupEdge(0, (2,), 0, None, "v"),), Topology.uniform(2, kind="d"), 1,
+                              limits=Limits(resident_bytes=5))
+    assert problem_bound(problem).ns == 11
+    result = plan(problem, PlanOptions(time_limit_s=3))
+    assert result.makespan_ns == result.bound_ns == 11
+
+
+@pytest.mark.parametrize("phases", [(3, 1, 4), (3, None, None), (2, 5, None)])
+def test_one_device_is_proven_with_its_updates(phases: tuple[int, int | None, int | None]) -> None:
+    groups = tuple(Group(f"g{n}", {"d": PhaseTimes(*phases)}, update_ns=2 + n) for n in range(2))
+    problem = PlanningProblem("one", groups, (GroupEdge(0, (1,), 0, None if phases[1] is None else 0, "v"),),
+                              Topology.uniform(1, kind="d"), 3)
+    result = plan(problem, PlanOptions(time_limit_s=5))
+    assert result.makespan_ns == result.bound_ns == 6 * sum(filter(None, phases)) + 5 and result.seconds < 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.milp.order.exact import solve_exact
 from mipipe.planner.milp.order.exact_parts import num_jobs
 from mipipe.planner.options import PlanOptions
+from mipipe.planner.plan import Placement, Stage
 from mipipe.planner.problem import Group, GroupEdge, Limits, PhaseTimes, PlanningProblem
 from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.solve import SolveResult, Termination, plan
@@ -161,3 +163,55 @@ def test_with_replicas_the_exact_bound_is_not_taken_by_the_loop() -> None:
     result = plan(problem, PlanOptions(time_limit_s=2))
     assert alone.bound_ns is not None and result.makespan_ns is not None and result.bound_ns is not None
     assert result.bound_ns <= result.makespan_ns == 15 * problem.unit_ns < alone.bound_ns
+
+
+@pytest.mark.parametrize(("own", "large"), [((1, None, None), (20, None, None)), ((1, 1, 1), (20, 20, 10))])
+def test_where_a_joined_stage_lets_a_value_pass_the_bound_is_not_taken(
+        own: tuple[int, int | None, int | None], large: tuple[int, int | None, int | None]) -> None:
+    """Apart, the small reader's large value holds the channel first; a stage of both makers may send it last."""
+    names, times = ("g1", "g2", "big", "small"), (own, own, large, own)
+    groups = tuple(Group(name, {"d": PhaseTimes(*of)}, resident_bytes=10)
+                   for name, of in zip(names, times, strict=True))
+    back = None if own[1] is None else 1
+    edges = (GroupEdge(0, (1,), 0, back and 0, "a"), GroupEdge(0, (3,), 10, back, "b"),
+             GroupEdge(1, (2,), 1, back, "c"))
+    problem = PlanningProblem("passing", groups, edges, Topology.uniform(2, bytes_per_s=10**9, kind="d"), 1,
+                              limits=Limits(resident_bytes=20), colocate=((0, 1), (2, 3)))
+    stages = (Stage((0, 1), (0,)), Stage((2,), (1,)), Stage((3,), (1,)))
+    passing = optimum(view(problem, Placement(stages, ((0,), (1,), (1,)))))
+    assert solve_exact(problem, time_limit_s=10, seed=0).bound_ns > passing
+    for options in (PlanOptions(time_limit_s=1), PlanOptions(time_limit_s=1, exact=True)):
+        result = plan(problem, options)
+        assert result.bound_ns is not None and result.bound_ns <= passing
+
+
+@pytest.mark.parametrize(("sizes", "room", "limit"), [
+    ((40 * 10**9, 40 * 10**9 + 1), 80 * 10**9, None), ((40 * 10**9, 40 * 10**9 + 1000), 80 * 10**9, None),
+    ((3 * 10**12, 1), 10**13, 3 * 10**12), ((0, 1), 1, None)])
+def test_weights_fit_to_the_byte(sizes: tuple[int, ...], room: int, limit: int | None) -> None:
+    """Both groups on one device would be shorter, and lack less than a solver's tolerance."""
+    groups = tuple(Group(f"g{n}", {"d": PhaseTimes(5, 5, 5)}, resident_bytes=size) for n, size in enumerate(sizes))
+    topology = Topology((Device("a", "d", room), Device("b", "d", room, local_rank=1)), Link(50), Link(50))
+    problem = PlanningProblem("bytes", groups, (GroupEdge(0, (1,), 0, 0, "v"),), topology, 2,
+                              limits=Limits(resident_bytes=limit))
+    together = sum(sizes) <= min(room, limit or room)
+    for options in (PlanOptions(time_limit_s=3), PlanOptions(time_limit_s=5, exact=True)):
+        result = plan(problem, options)
+        assert result.plan is not None
+        check_plan(result.plan)
+        assert together or len({rank for stage in result.plan.placement.stages for rank in stage.ranks}) == 2
+
+
+@pytest.mark.parametrize("shape, ranks", [("chain", (0, 1)), ("v", (0, 1, 1, 0))])
+def test_a_shape_that_can_be_cut_in_several_ways_is_not_proven_by_some(shape: str, ranks: tuple[int, ...]) -> None:
+    """No cut is below the bound of a solve for the shape, and the best is found; of six uneven layers."""
+    times = ((9, 6, 3), (9, 4, 6), (5, 8, 6), (6, 8, 1), (4, 3, 1), (9, 6, 1))
+    groups = tuple(Group(f"g{n}", {"d": PhaseTimes(*of)}, resident_bytes=1) for n, of in enumerate(times))
+    problem = PlanningProblem("cuts", groups, tuple(GroupEdge(n, (n + 1,), 0, 0, f"v{n}") for n in range(5)),
+                              Topology.uniform(2, latency_ns=1, kind="d"), 1)
+    best = min(optimum(view(problem, Placement(tuple(Stage(tuple(range(low, high)), (rank,)) for low, high, rank in zip(
+        (0, *cut), (*cut, 6), ranks, strict=True)), tuple((rank,) for rank in ranks))))
+        for cut in itertools.combinations(range(1, 6), len(ranks) - 1))
+    result = plan(problem, PlanOptions(time_limit_s=2, placement=shape))  # type: ignore[arg-type]
+    assert result.bound_ns is not None and result.bound_ns <= best == result.makespan_ns
+    assert result.plan is not None and result.plan.placement.name == shape

@@ -22,14 +22,17 @@ by groups of the collective stream (refused).
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from typing import Any
 
 from mipipe.graphs.errors import PlanError, ProblemError
+from mipipe.planner import clock
 from mipipe.planner.actions import Action, ActionKind, Stream
 from mipipe.planner.bounds.at_placement import problem_bound
 from mipipe.planner.gap import BOUND_SLACK
+from mipipe.planner.jobs.memory import resident_room
 from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.jobs.times import evaluate
@@ -42,13 +45,17 @@ from mipipe.planner.problem import PlanningProblem
 
 @dataclass(frozen=True, slots=True)
 class ExactResult:
-    """The best placement and order (None: none found), its makespan as evaluated; ``bound_ns`` without replicas."""
+    """The best placement and order (None: none found), its makespan as evaluated; ``bound_ns`` without replicas.
+
+    ``queued``: whether transfers may wait for each other, in the order in which they become ready.
+    """
 
     placement: Placement | None
     schedule: Schedule | None
     makespan_ns: int | None
     bound_ns: int
     outcome: SolverOutcome
+    queued: bool = False
 
 
 def solve_exact(problem: PlanningProblem, *, time_limit_s: float, seed: int,
@@ -68,22 +75,27 @@ def solve_exact(problem: PlanningProblem, *, time_limit_s: float, seed: int,
         raise ProblemError(f"problem {problem.name}: the exact model has no memory for groups of the collective stream;"
                            " use the ladder (`mipipe plan`)")
     drawn = sketch(problem, horizon_ns)
-    model = build(drawn)
-    outcome = highs.solve(model, time_limit_s=time_limit_s, seed=seed, gap=0.0, absolute_gap=0.999)
-    bound = problem_bound(problem).ns
+    model, end = build(drawn), time.monotonic() + time_limit_s
+    while True:
+        outcome = highs.solve(model, time_limit_s=max(clock.LEAST_S, end - time.monotonic()), seed=seed, gap=0.0,
+                              absolute_gap=0.999)
+        overfull = outcome.has_solution and forbid_overfull(model, drawn)
+        if not overfull or time.monotonic() >= end:
+            break
+    bound, queued = problem_bound(problem).ns, bool(drawn.meetings)
     if outcome.bound is not None:  # of schedules without overlapped pairs; those with pairs stretch to such ones
         proven = outcome.bound - BOUND_SLACK  # in units; a makespan is so many whole ones only where all times are
         units = math.ceil(proven) if drawn.whole else proven
         bound = max(bound, pair_gain(problem).shared(math.floor(units * drawn.unit)))
-    if not outcome.has_solution:
-        return ExactResult(None, None, None, bound, outcome)
+    if not outcome.has_solution or overfull:
+        return ExactResult(None, None, None, bound, outcome, queued)
     placement, schedule = _read(drawn, model)
     try:
         _, evaluation = evaluate(view(problem, placement), schedule)
     except PlanError:  # jobs shorter than the solver's tolerances have any order there
         placement, schedule = _read(drawn, model, by_start=True)
         _, evaluation = evaluate(view(problem, placement), schedule)
-    return ExactResult(placement, schedule, evaluation.makespan_ns, min(bound, evaluation.makespan_ns), outcome)
+    return ExactResult(placement, schedule, evaluation.makespan_ns, min(bound, evaluation.makespan_ns), outcome, queued)
 
 
 def build(drawn: Sketch) -> pyo.ConcreteModel:
@@ -115,9 +127,8 @@ def assignment(model: pyo.ConcreteModel, drawn: Sketch) -> None:
         for d in devices:
             model.rows.add(sum(model.z[u, v, d, e] for e in devices) == model.x[u, d])
             model.rows.add(sum(model.z[u, v, e, d] for e in devices) == model.x[v, d])
-    limit = drawn.problem.limits.resident_bytes
-    for d, device in enumerate(drawn.problem.topology.devices):
-        room = device.memory_bytes if limit is None else min(limit, device.memory_bytes)
+    for d in devices:
+        room = resident_room(drawn.problem, d)
         model.rows.add(sum(drawn.resident[u] / max(1, room) * model.x[u, d] for u in range(len(drawn.units))) <= 1)
         for stream in (Stream.COMPUTE, Stream.COLLECTIVE):
             work = {j: drawn.duration[j][d] for j in range(len(drawn.jobs)) if drawn.stream[j] is stream}
@@ -127,6 +138,21 @@ def assignment(model: pyo.ConcreteModel, drawn: Sketch) -> None:
         if (one.kind, one.memory_bytes, one.host) == (two.kind, two.memory_bytes, two.host) and drawn.interchangeable:
             for u in range(len(drawn.units)):  # equal devices are numbered by their first unit
                 model.rows.add(model.x[u, d] <= sum(model.x[v, d - 1] for v in range(u)))
+
+
+def forbid_overfull(model: pyo.ConcreteModel, drawn: Sketch) -> bool:
+    """Forbid what overfills a device in the model's solution, there and wherever it does, in whole bytes: rows on
+    gigabytes let a few more pass. Whether there was any."""
+    rooms, found = [resident_room(drawn.problem, d) for d in range(drawn.problem.num_ranks)], False
+    for d, room in enumerate(rooms):
+        members = [u for u in range(len(drawn.units)) if model.x[u, d].value > 0.5 and drawn.resident[u]]
+        size = sum(drawn.resident[u] for u in members)
+        if size > room:
+            found = True
+            for other, space in enumerate(rooms):
+                if size > space:
+                    model.rows.add(sum(model.x[u, other] for u in members) <= len(members) - 1)
+    return found
 
 
 def together(model: pyo.ConcreteModel, drawn: Sketch, u: int, v: int) -> Any:
