@@ -71,7 +71,7 @@ def test_experts_over_the_copies_of_a_plan_of_degrees(mipipe, tmp_path: Path) ->
     told = ended("plan", shared, "--devices", 4, *degrees, "copies=4,expert=2,zero=2")
     assert "`mipipe train` runs this plan" in told and "runs this plan, but" not in told
     told = ended("plan", whole, "--devices", 2, *degrees, "copies=2,expert=2")
-    assert "runs experts whole or over the tensor axis, and refuses this plan; one captured with" in told
+    assert "refuses this plan: it divides experts over 2 devices, but of a graph captured without" in told
     losses = []
     for ranks in (1, 2, 3):
         metrics = tmp_path / f"{ranks}.jsonl"
