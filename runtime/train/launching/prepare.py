@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mipipe.graphs.errors import InputError, RunError
-from mipipe.graphs.operator_graph import OperatorGraph
+from mipipe.graphs.operator_graph import DTYPE_BYTES, OperatorGraph
 from mipipe.graphs.recipes.source import recipe_of
 from mipipe.graphs.serialize import load
 from mipipe.graphs.write_files import check_apart, same_file
@@ -17,7 +17,9 @@ from mipipe.planner.check.graph import check_graph
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.plan import Plan
 from mipipe.planner.policy_branches import load_plans
+from mipipe.planner.problems.from_graph import STATE_BYTES
 from mipipe.planner.program import Program
+from mipipe.planner.teams.again import KEY, task_of
 from mipipe.planner.teams.refusal import refusal
 from mipipe.runtime.checkpoints.checkpoint_folder import choose, probe, read_state
 from mipipe.runtime.checkpoints.checkpoint_run import Start
@@ -127,6 +129,24 @@ def check_team(plan: Plan, graph: OperatorGraph, config: TrainConfig) -> None:
         raise InputError(f"plan {plan.name}: members of its teams ({team.text()}) route parts of the tokens, for which"
                          " experts.elastic would draw alike; plan with --degrees tensor= in place of sequence=, and"
                          " context=1, or leave experts.elastic out")
+
+
+def held_otherwise(plan: Plan, config: TrainConfig) -> str | None:
+    """A line on a run whose ``dtype`` is not that in which its plan of teams counts master weights, gradients and
+    optimizer state; None where it is, or the plan does not say what it was made for."""
+    if KEY not in plan.provenance:
+        return None
+    machine = task_of(plan).machine
+    kept, size = config.dtype or machine.dtype, DTYPE_BYTES[machine.dtype]
+    counted = size + machine.gradient_bytes + machine.state_bytes
+    mixed = machine.keeps == "adamw_mixed"  # its master weights are state
+    numbers = 2 + (STATE_BYTES["adamw"] if mixed else STATE_BYTES[machine.keeps])
+    held = round(numbers * DTYPE_BYTES[kept]) + (size if kept != machine.dtype else 0)
+    if held == counted:
+        return None
+    return (f"dtype: the plan counts {counted} bytes of weights, gradients and optimizer state for a parameter that"
+            f" trains{' (those of float32 beside 16-bit weights)' if mixed else ''}; in {kept} it is {held}, so ranks"
+            f" hold {'more' if held > counted else 'less'} than the plan says")
 
 
 def check_copies(plan: Plan, graph: OperatorGraph, config: TrainConfig, copies: int) -> None:
