@@ -155,11 +155,8 @@ def executed(result: TeamResult, refused: str | None) -> str:
     if refused is not None:
         return f"`mipipe train` refuses this plan: {refused}"
     degrees, shared = result.degrees, result.plan.provenance["team"]["expert_parallel"]
-    but = ""
-    if shared == 1 and degrees.expert > 1:
-        but = ", but experts are added up over the team, with no exchange of tokens"
-    elif shared > 1 and degrees.zero and degrees.expert == 1 and degrees.tensor > 1:
-        but = ", but members along the tensor axis do not divide the state of the experts that each of them has whole"
+    but = ", but members along the tensor axis do not divide the state of the experts that each of them has whole" \
+        if shared > 1 and degrees.zero and degrees.expert == 1 and degrees.tensor > 1 else ""
     return f"`mipipe train` runs this plan{but}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,8 @@ from team_config import CONFIG
 from team_machine import machine
 
 from mipipe.graphs.capture.model import capture
-from mipipe.graphs.operator_graph import DTYPE_BYTES
+from mipipe.graphs.costs.mode_profile import all_work
+from mipipe.graphs.operator_graph import DTYPE_BYTES, Phase
 from mipipe.planner.teams.as_team import team_of
 from mipipe.planner.teams.outside import undivided
 from mipipe.planner.teams.prices.degrees import Degrees
@@ -84,6 +86,23 @@ def test_plans_say_what_members_hold(pieces, degrees):
     """Whatever the axes: copies and their members along the context axis share what they have alike, as far as it
     divides among them, and each has a part of what its part of the tables, experts, heads and columns is."""
     check_held(pieces, degrees)
+
+
+@pytest.mark.parametrize("degrees", [Degrees(tensor=4, expert=4, copies=2),
+                                     Degrees(tensor=2, sequence=True, expert=2, copies=2)], ids=Degrees.text)
+def test_experts_that_a_team_divides_are_priced_as_members_run_them(pieces, degrees):
+    """They add up what their experts make of all tokens: what they hold, what they send, in which phase; whatever was
+    priced before."""
+    if not pieces.has_experts:
+        pytest.skip("no experts")
+    check_held(pieces, degrees)
+    made, pricer = member_graph(team_of(pieces, degrees, "h100"), pieces.graph).graph, Pricer(pieces, machine())
+    pricer.costs(replace(degrees, expert=1))
+    for number, segment in enumerate(made.segments):
+        work, told = all_work(made.trace(segment)), pricer.profile(number, degrees).phases
+        for phase in {Phase.F, Phase.I} & set(work):  # estimates leave out what W gathers of F's values
+            assert Counter({(item.kind, item.axis, item.num_bytes): item.count for item in work[phase].collectives}) \
+                == Counter((item.kind, item.axis, item.num_bytes) for item in told[phase].collectives), segment.name
 
 
 def test_experts_of_graphs_captured_without_sending_are_priced_as_with(sent, tmp_path):
