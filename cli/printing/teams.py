@@ -22,7 +22,8 @@ AXIS_NAMES = {"tensor": "tensor", "context": "context", "expert": "expert", "dat
 
 
 def print_team(console: Console, result: TeamResult, how: str, refused: str | None) -> None:
-    """Everything about one configuration; ``refused`` as for `executed`."""
+    """Everything about one configuration; ``refused``: why `mipipe train` does not run it
+    (`mipipe.planner.teams.refusal`)."""
     degrees = result.degrees
     say = _Say(console)
     say(f"{result.plan.problem.name}: {how}")
@@ -134,7 +135,7 @@ _KEPT = {"adamw_mixed": "AdamW in mixed precision", "adamw": "AdamW", "adam": "A
 
 
 def basis(result: TeamResult, refused: str | None) -> list[str]:
-    """What is measured, fitted, estimated or assumed; ``refused`` as for `executed`."""
+    """What is measured, fitted, estimated or assumed; ``refused`` as for `print_team`."""
     machine, achieved = result.machine, result.machine.kind.achieved
     origins = ", ".join(sorted(result.origins)) if len(result.origins) < 2 else ", ".join(
         f"{name} ({count} profiles)" for name, count in sorted(result.origins.items()))
@@ -146,18 +147,7 @@ def basis(result: TeamResult, refused: str | None) -> list[str]:
         "assumed: reductions over copies overlap with the last backward, gathered parameters with the first forward;"
         f" collectives of other axes are not hidden; {_KEPT[machine.keeps]},"
         f" float{8 * machine.gradient_bytes} gradients",
-        executed(result, refused)]
-
-
-def executed(result: TeamResult, refused: str | None) -> str:
-    """Whether `mipipe train` runs the plan, and what it does not do as planned, so that a run takes more than is told
-    here. ``refused``: why it does not (`mipipe.planner.teams.refusal`)."""
-    if refused is not None:
-        return f"`mipipe train` refuses this plan: {refused}"
-    degrees, shared = result.degrees, result.plan.provenance["team"]["expert_parallel"]
-    but = ", but members along the tensor axis do not divide the state of the experts that each of them has whole" \
-        if shared > 1 and degrees.zero and degrees.expert == 1 and degrees.tensor > 1 else ""
-    return f"`mipipe train` runs this plan{but}"
+        "`mipipe train` runs this plan" if refused is None else f"`mipipe train` refuses this plan: {refused}"]
 
 
 def achieved_text(achieved: Achieved) -> str:

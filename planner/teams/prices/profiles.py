@@ -74,7 +74,8 @@ class SegmentProfiles:
         return self.model.shares(member, degrees)
 
     def lengths(self, member: int, degrees: Degrees) -> tuple[HeldLength, ...]:
-        """What of a segment's parameters devices that hold the same divide along dimensions of certain lengths."""
+        """What of a segment's parameters devices that hold the same divide along dimensions of certain lengths. Sums
+        over the tensor axis of the gradients of norms and biases, a few bytes, are left out."""
         trace, profile = self.model.trace(member, degrees.recompute), self.profile(member, degrees)
         trains, batch = self.model.index.runs(member, Phase.W), self.model.mode(member, degrees) == "batch"
         banks, sent = self.facts(member, degrees).banks, self.model.sends(degrees)
@@ -87,7 +88,8 @@ class SegmentProfiles:
             size = -(-spec.num_bytes // part.degree)
             trained = size if trains and grad is not None else 0
             sizes = found.setdefault((length, experts), [0, 0, 0])
-            for place, more in enumerate((size, trained, trained if batch and not experts else 0)):
+            summed = batch if not experts else degrees.expert == 1 and "tensor" in part.sum_gradient
+            for place, more in enumerate((size, trained, trained * summed)):
                 sizes[place] += more
         return tuple(HeldLength(*key, *sizes) for key, sizes in found.items())
 

@@ -115,6 +115,21 @@ def test_experts_of_graphs_captured_without_sending_are_priced_as_with(sent, tmp
             [sum(sizes) for sizes in zip(*known, strict=True)], rel=1e-3)
 
 
+@pytest.mark.parametrize("degrees", [Degrees(tensor=2, copies=2), Degrees(tensor=2, sequence=True, context=2)],
+                         ids=Degrees.text)
+def test_experts_that_every_device_has_are_held_and_added_up_by_all(sent, degrees):
+    """Copies and context members divide their state, those along the tensor axis do not; each has its part of the
+    tokens, so gradients are sums over it, which take time."""
+    check_held(sent, degrees)
+    summed = {fqn for fqn, axes in member_graph(team_of(sent, degrees, "h100"), sent.graph).sums.items()
+              if "tensor" in axes and ".experts." in fqn}
+    pricer = Pricer(sent, machine())
+    told = sum(item.summed for piece in sent.pieces for member in piece.members
+               for item in pricer.lengths(member, degrees) if item.experts)
+    assert summed and told == sum(item.spec.num_bytes for item in sent.graph.parameters if item.fqn in summed)
+    assert sum(cost.reduce for cost in pricer.costs(replace(degrees, context=1, copies=1))) > 0
+
+
 @pytest.mark.parametrize("degrees", SENT, ids=Degrees.text)
 def test_plans_say_what_devices_with_the_same_experts_hold(sent, degrees):
     """They divide what they have of these as others do, along the second dimension."""
