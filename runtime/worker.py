@@ -47,6 +47,7 @@ from mipipe.runtime.train.launching.prepare import (
     check_outputs,
     check_saving,
     check_world,
+    held_otherwise,
     read_job,
     zero_of,
 )
@@ -167,6 +168,9 @@ def run(job: PreparedRun, device: torch.device, options: argparse.Namespace,
     trainer = Trainer(engine, config, batches, show, simulate(plan, program), maps, say, stop)
     if "period" in plan.provenance and config.barrier == "step":
         trainer.say("the plan was made for steps without a barrier; 'barrier: none' in the configuration runs them so")
+    otherwise = held_otherwise(plan, config)
+    if otherwise is not None:
+        trainer.say(otherwise)
     done = trainer.begin(start, began, again)
     if branch is not None:
         check_positions(branch, done)

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 AXIS_NAMES = {"tensor": "tensor", "context": "context", "expert": "expert", "data": "data"}
 
 
-def print_team(console: Console, result: TeamResult, how: str) -> None:
-    """Everything about one configuration."""
+def print_team(console: Console, result: TeamResult, how: str, refused: str | None) -> None:
+    """Everything about one configuration; ``refused``: why `mipipe train` does not run it
+    (`mipipe.planner.teams.refusal`)."""
     degrees = result.degrees
     say = _Say(console)
     say(f"{result.plan.problem.name}: {how}")
@@ -42,7 +43,7 @@ def print_team(console: Console, result: TeamResult, how: str) -> None:
                                                         if seconds > 0.0005 * result.seconds))
     for line in memory_rows(result):
         say(line)
-    for line in basis(result):
+    for line in basis(result, refused):
         say(line)
 
 
@@ -133,8 +134,8 @@ _KEPT = {"adamw_mixed": "AdamW in mixed precision", "adamw": "AdamW", "adam": "A
          "sgd": "SGD", "none": "no optimizer"}
 
 
-def basis(result: TeamResult) -> list[str]:
-    """What is measured, fitted, estimated or assumed."""
+def basis(result: TeamResult, refused: str | None) -> list[str]:
+    """What is measured, fitted, estimated or assumed; ``refused`` as for `print_team`."""
     machine, achieved = result.machine, result.machine.kind.achieved
     origins = ", ".join(sorted(result.origins)) if len(result.origins) < 2 else ", ".join(
         f"{name} ({count} profiles)" for name, count in sorted(result.origins.items()))
@@ -146,27 +147,7 @@ def basis(result: TeamResult) -> list[str]:
         "assumed: reductions over copies overlap with the last backward, gathered parameters with the first forward;"
         f" collectives of other axes are not hidden; {_KEPT[machine.keeps]},"
         f" float{8 * machine.gradient_bytes} gradients",
-        *not_executed(result)]
-
-
-def not_executed(result: TeamResult) -> list[str]:
-    """What the runtime does not do as planned, so that a run of this plan takes more than is told here."""
-    degrees, shared = result.degrees, result.plan.provenance["team"]["expert_parallel"]
-    found = []
-    if shared > 1 and result.tokens is not None and result.tokens * degrees.microbatch % degrees.team:
-        found.append(f"{result.tokens * degrees.microbatch} tokens of a microbatch do not divide among the"
-                     f" {degrees.team} members of a team, each of which sends its part to the experts, and `mipipe"
-                     " train` refuses this plan")
-    elif shared == 1 and (degrees.expert not in (1, degrees.tensor) or (degrees.expert > 1 and degrees.context > 1)):
-        found.append(f"experts over {degrees.expert} devices: of a graph captured without --expert-parallel `mipipe"
-                     " train` runs experts whole or over the tensor axis, and refuses this plan; one captured with"
-                     f" --expert-parallel {degrees.expert} runs it")
-    elif shared == 1 and degrees.expert > 1:
-        found.append("experts are added up over the team, with no exchange of tokens")
-    elif shared > 1 and degrees.zero and degrees.expert == 1 and degrees.tensor > 1:
-        found.append("members along the tensor axis do not divide the state of the experts that each of them has whole")
-    return [f"`mipipe train` runs this plan, but {'; '.join(found)}"] if found and "refuses" not in found[0] else \
-        found or ["`mipipe train` runs this plan"]
+        "`mipipe train` runs this plan" if refused is None else f"`mipipe train` refuses this plan: {refused}"]
 
 
 def achieved_text(achieved: Achieved) -> str:

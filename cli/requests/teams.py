@@ -10,13 +10,12 @@ from typing import Any
 
 from rich.console import Console
 
-from mipipe.cli.printing.output import emit, log, progress, stdout
+from mipipe.cli.printing.output import emit, progress, stdout
 from mipipe.cli.printing.teams import print_runners, print_team, team_data
 from mipipe.cli.requests.captured import captured, names_model, refuse_capture_options
 from mipipe.cli.requests.files import check_positive, open_any, read_size
 from mipipe.cli.requests.team_request import TeamRequest
 from mipipe.graphs.cluster import Cluster, load_cluster, uniform_cluster
-from mipipe.graphs.coarse.totals import num_sequences
 from mipipe.graphs.costs.collectives import fabric_of
 from mipipe.graphs.costs.table import CostTable
 from mipipe.graphs.efficiency import LowDtype
@@ -36,6 +35,7 @@ from mipipe.planner.teams.prices.machine import Machine, check_machine
 from mipipe.planner.teams.prices.pieces import ModelPieces, indivisible_of, model_pieces
 from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.planner.teams.prices.profiled import profiled_layers
+from mipipe.planner.teams.refusal import refusal
 from mipipe.planner.teams.remedies import remedy
 
 PRICED = ("tensor", "sequence", "batch")
@@ -108,8 +108,11 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
         result = found.best
     if result.shortage:
         raise InfeasibleError(_too_little(pricer, result))
+    microbatch, to_capture = result.degrees.microbatch, names_model(graph)
     if output is not None or save_graph is not None:
-        model = _as_planned(graph, result.degrees.microbatch, model, capture)
+        if to_capture and microbatch != pieces.sequences:
+            model = capture(microbatch)[0]
+        to_capture = False
         if save_graph is not None:
             save(model, save_graph)
         if output is not None:
@@ -121,13 +124,15 @@ def plan_teams(graph: str, request: TeamRequest, *, cluster: Path | None, memory
     draw(result)
     whole = [*indivisible_of(pricer.model, result.degrees), *undivided(pricer, result.degrees)]
     beyond, other = outside(pricer, result.degrees), otherwise(pricer, result.degrees)
+    refused = None if result.plan.team is None else refusal(result.plan.team, model, microbatch if to_capture else None)
     if json_output:
-        emit(team_data(result) | {"outside": beyond, "priced_otherwise": other, "whole_on_every_member": whole}
+        emit(team_data(result) | {"refused": refused, "outside": beyond, "priced_otherwise": other,
+                                  "whole_on_every_member": whole}
              | ({} if found is None else found.data(team_data)))
         return
     if note:
         console.print(note, soft_wrap=True, markup=False)
-    print_team(console, result, "evaluated as given" if found is None else found.how())
+    print_team(console, result, "evaluated as given" if found is None else found.how(), refused)
     _print_notes(console, whole, beyond, other)
     if found is not None:
         print_runners(console, found)
@@ -219,23 +224,6 @@ def parse_modes(text: str, model: OperatorGraph) -> dict[str, str]:
         if branch in found:
             raise InputError(f"--modes: {branch} is given twice")
         found[branch] = mode
-    return found
-
-
-def _as_planned(graph: str, microbatch: int, model: OperatorGraph, capture: Capture) -> OperatorGraph:
-    """The graph that a run of the plan needs: a model that is captured on the way with the plan's microbatch."""
-    own = num_sequences(model)
-    if microbatch == own:
-        return model
-    if not names_model(graph):
-        log(f"{graph}: was captured with microbatches of {own}, the plan has {microbatch}; to run it, capture with"
-            f" --batch {microbatch} and plan that graph")
-        return model
-    found = capture(microbatch)[0]
-    own = num_sequences(found)
-    if microbatch != own:
-        log(f"{graph}: gives microbatches of {own}, the plan has {microbatch}; to run it, let the factory give as many"
-            " and plan again")
     return found
 
 

@@ -22,13 +22,15 @@ from mipipe.graphs.sharding.parts import WHOLE, Part, divided, fits
 
 
 class Streams:
-    """The shapes that a graph's activations have: which dimension is the sequence, which the samples."""
+    """The shapes that a graph's activations have: which dimension is the sequence, which the samples. ``specs``: of
+    values that have gradients; those of frozen parts with an equal one are activations, too."""
 
     def __init__(self, graph: OperatorGraph) -> None:
         self.pairs = {(value.spec.shape[0], value.spec.shape[1]) for value in graph.values
                       if value.differentiable and len(value.spec.shape) == 3}
         self.samples = {value.spec.shape[0] for value in graph.values
                         if value.source is None and len(value.spec.shape) > 1} | {pair[0] for pair in self.pairs}
+        self.specs = {value.spec for value in graph.values if value.differentiable}
 
     def sequence(self, shape: Sequence[int], size: int) -> Part | None:
         """The division of an activation of this shape along its sequence, if it has one that divides."""
@@ -64,7 +66,7 @@ class Streams:
 def boundary_layout(value: Value, mode: str, streams: Streams, size: int) -> Layout:
     """How a value lies between two segments that both run in a mode."""
     shape = value.spec.shape
-    if mode in ("sequence", "context") and value.differentiable and streams.sequence(shape, size) is not None:
+    if mode in ("sequence", "context") and value.spec in streams.specs and streams.sequence(shape, size) is not None:
         return Layout.SEQUENCE
     if mode == "batch" and streams.batch(shape, size) is not None:
         return Layout.BATCH

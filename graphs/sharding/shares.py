@@ -8,7 +8,7 @@ from functools import cached_property
 
 from mipipe.graphs.costs.team_share import TeamShare
 from mipipe.graphs.modes import Collective
-from mipipe.graphs.operator_graph import OperatorGraph, Phase, SegmentTrace
+from mipipe.graphs.operator_graph import OperatorGraph, Phase, Role, SegmentTrace
 from mipipe.graphs.sharding.assign import Assignment, Layouts
 from mipipe.graphs.sharding.boundaries import Streams, boundary_parts
 from mipipe.graphs.sharding.modes import AXES, assigned, reasons, settle_shared
@@ -21,8 +21,8 @@ class TeamShares:
 
     def __init__(self, graph: OperatorGraph) -> None:
         self._graph = graph
-        self._found: dict[tuple[str, str, int, bool], TeamShare] = {}
-        self._lies: dict[tuple[str, int], Mapping[str, Part]] = {}
+        self._found: dict[tuple[str, str, int, bool, bool], TeamShare] = {}
+        self._lies: dict[tuple[str, int, bool], Mapping[str, Part]] = {}
         self._settled: dict[tuple[str, int], Mapping[str, Mapping[str, Part]]] = {}
         self._recipes: dict[object, Mapping[str, Part]] = {}
 
@@ -30,7 +30,7 @@ class TeamShares:
     def _streams(self) -> Streams:
         return Streams(self._graph)
 
-    def of(self, trace: SegmentTrace, mode: str, size: int, apart: bool = False) -> TeamShare:
+    def of(self, trace: SegmentTrace, mode: str, size: int, apart: bool = False, within: bool = False) -> TeamShare:
         """The share of one member of ``size``, where all segments run in this mode.
 
         Args:
@@ -38,34 +38,38 @@ class TeamShares:
             mode: of the segment.
             size: of the axis.
             apart: banks of experts are not divided along it, as experts are divided otherwise.
+            within: segments of experts run in ``expert`` mode along it.
 
         Raises:
             GraphError: tokens do not divide.
         """
-        key = trace.digest, mode, size, apart
+        key = trace.digest, mode, size, apart, within
         if key not in self._found:
             graph, place = self._graph, (mode, size)
-            if place not in self._lies:
-                self._lies[place] = boundary_parts(graph, {item.name: mode for item in graph.segments}, self._streams,
-                                                   size)
+            modes = {item.name: "expert" if within and item.tags.role is Role.EXPERTS else mode
+                     for item in graph.segments}
+            own = next(modes[item.name] for item in graph.segments if item.trace == trace.digest)
+            if (*place, within) not in self._lies:
+                self._lies[*place, within] = boundary_parts(graph, modes, self._streams, size)
+            if place not in self._settled:
                 self._settled[place] = settle_shared(graph, mode, size, self._recipes)
-            fixed = {**self._settled[place].get(trace.digest, {}),
+            fixed = {**(self._settled[place].get(trace.digest, {}) if own == mode else {}),
                      **dict.fromkeys(banks(trace) if apart else (), WHOLE)}
-            boundary, assignment = assigned(graph, trace, mode, size, fixed, lies=self._lies[place],
+            boundary, assignment = assigned(graph, trace, own, size, fixed, lies=self._lies[*place, within],
                                             recipes=self._recipes)
-            self._found[key] = _share(trace, mode, boundary, assignment)
+            self._found[key] = _share(trace, own, AXES[mode], boundary, assignment)
         return self._found[key]
 
 
-def _share(trace: SegmentTrace, mode: str, boundary: Layouts, assignment: Assignment) -> TeamShare:
+def _share(trace: SegmentTrace, mode: str, axis: str, boundary: Layouts, assignment: Assignment) -> TeamShare:
     grads = dict(zip(trace.parameters, trace.parameter_grads, strict=True))
     collectives: dict[Phase, list[tuple[Collective, str]]] = {phase: [] for phase in Phase if trace.has(phase)}
     made = {op.name: op.phase for op in trace.operators}
     for phase, kind, size, name in assignment.collectives:
         if phase is not Phase.W or made.get(name, Phase.F) is not Phase.F or name in trace.output_grads:
-            collectives.setdefault(phase, []).append((Collective(kind, AXES[mode], size), name))
+            collectives.setdefault(phase, []).append((Collective(kind, axis, size), name))
     return TeamShare(
-        AXES[mode], boundary.size, {name: boundary.given[name].dim for name in (*trace.parameters, *trace.buffers)
+        axis, boundary.size, {name: boundary.given[name].dim for name in (*trace.parameters, *trace.buffers)
                         if boundary.given.get(name, WHOLE).kind is Kind.DIVIDED},
         frozenset(name for name, part in assignment.born.items() if part.kind is Kind.DIVIDED),
         frozenset(name for name, choice in assignment.choices.items() if choice.share < 1),

@@ -27,7 +27,7 @@ def outside(pricer: Pricer, degrees: Degrees) -> list[str]:
 
 def otherwise(pricer: Pricer, degrees: Degrees) -> list[str]:
     """What is priced as engines made for it do it, and run otherwise here."""
-    if len(pricer.machine.fabric.counts(degrees.expert, 1)) < 2:
+    if not pricer.model.sends(degrees) or len(pricer.machine.fabric.counts(degrees.expert, 1)) < 2:
         return []
     rows = max(pricer.fanout(member) for member in range(len(pricer.model.index.traces)))
     if rows == 1:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from mipipe.graphs.errors import InputError, PlanError
 from mipipe.graphs.operator_graph import DTYPE_BYTES, OperatorGraph, Phase, Role, Segment, SegmentTrace
 from mipipe.graphs.operators.expert_kernels import ROUTE
-from mipipe.graphs.sharding.steps import specs_of
 from mipipe.graphs.tracing.parameter_slices import parse_slice
 from mipipe.planner.plan import Plan
 from mipipe.planner.team import Team
@@ -61,17 +60,6 @@ def expert_layers(graph: OperatorGraph) -> tuple[ExpertLayer, ...]:
         found.append(ExpertLayer(home.removesuffix(".dispatch"), experts, tuple(item.name for item in segments),
                                  tuple(dict.fromkeys(banks))))
     return tuple(found)
-
-
-def undivided_tokens(graph: OperatorGraph, members: int) -> int | None:
-    """The tokens of a microbatch that a layer sends to its experts, where they do not divide among the members of a
-    team; None where those of all layers do."""
-    for trace in graph.traces:
-        specs = specs_of(trace)
-        for operator in trace.phase_operators(Phase.F):
-            if operator.kind == ROUTE and specs[operator.inputs[0]].shape[0] % members:
-                return specs[operator.inputs[0]].shape[0]
-    return None
 
 
 def sharers(graph: OperatorGraph) -> int:

@@ -61,17 +61,15 @@ def test_experts_over_the_copies_of_a_plan_of_degrees(mipipe, tmp_path: Path) ->
     degrees = ("--kind", "h100", "--global-batch", 8, "--microbatch", 2, "--degrees")
     shared, whole = tmp_path / "graph2.json", tmp_path / "graph1.json"
     told = ended("plan", shared, "--devices", 4, *degrees, "ranks=2,copies=2,expert=2", "-o", tmp_path / "plan2.json")
-    assert "`mipipe train` runs this plan" in told and "runs this plan, but" not in told
+    assert "`mipipe train` runs this plan" in told
     ended("plan", shared, "--devices", 2, *degrees, "copies=2,expert=2,zero=0", "-o", tmp_path / "plan1.json")
     told = ended("plan", shared, "--devices", 4, *degrees, "sequence=2,copies=2,expert=4",
                  "-o", tmp_path / "plan3.json")
-    assert "`mipipe train` runs this plan" in told and "runs this plan, but" not in told
-    told = ended("plan", shared, "--devices", 4, *degrees, "tensor=2,copies=2")
-    assert "this plan, but members along the tensor axis do not divide the state of the experts that each of" in told
+    assert "`mipipe train` runs this plan" in told
     told = ended("plan", shared, "--devices", 4, *degrees, "copies=4,expert=2,zero=2")
-    assert "`mipipe train` runs this plan" in told and "runs this plan, but" not in told
+    assert "`mipipe train` runs this plan" in told
     told = ended("plan", whole, "--devices", 2, *degrees, "copies=2,expert=2")
-    assert "runs experts whole or over the tensor axis, and refuses this plan; one captured with" in told
+    assert "refuses this plan: it divides experts over 2 devices, but of a graph captured without" in told
     losses = []
     for ranks in (1, 2, 3):
         metrics = tmp_path / f"{ranks}.jsonl"

@@ -209,9 +209,11 @@ def test_train_refuses_in_one_line_what_teams_do_not_do(mipipe, graph, tmp_path)
         assert ended.code != 0 and len(ended.stderr.strip().splitlines()) == 1, ended.stderr
         assert text in ended.stderr
 
+    told = "it has microbatches of 2 sequences, but the graph was captured with 1; capture it with --batch 2"
     ended = mipipe("plan", graph, *DEVICES, "--degrees", "tensor=2,copies=4", "--microbatch", 2, "-o", plan)
-    assert "capture with --batch 2" in ended.stderr
-    refused("microbatches of 2 sequences, but the graph was captured with 1; capture it with --batch 2")
+    assert f"`mipipe train` refuses this plan: {told}" in ended.stdout and "runs this plan" not in ended.stdout
+    assert not ended.stderr
+    refused(told)
     mipipe("plan", graph, *DEVICES, "--degrees", "tensor=2,ranks=2,copies=2", "--microbatch", 1, "-o", plan)
     refused("optimizer adafactor: looks at whole tensors", config="steps: 1\noptimizer: {name: adafactor}\n")
     refused("6 processes were started, but the plan has 2 ranks of 2 devices (tensor 2); start 4", "--processes", 6)
@@ -276,7 +278,9 @@ def test_sequences_are_rows_of_token_numbers(mipipe, tmp_path, monkeypatch):
                            "--microbatch", microbatch, "-o", tmp_path / "plan.json", "--json")
             told[first, microbatch] = ended.data["tokens_per_s_per_device"]
             assert ended.data["global_batch"] * 8 / ended.data["step_s"] == pytest.approx(told[first, microbatch])
-            assert ("was captured with microbatches of 2, the plan has 4" in ended.stderr) == (microbatch == 4)
+            assert ended.data["refused"] == (None if microbatch == 2 else "it has microbatches of 4 sequences, but the"
+                                             " graph was captured with 2; capture it with example inputs of 4 and plan"
+                                             " that")
     assert told["images", 2] == told["ids", 2] and told["images", 4] == told["ids", 4]
 
 

@@ -223,13 +223,17 @@ class Predicts(torch.nn.Module):
         return {"loss": torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")}
 
 
-def test_why_frozen_segments_run_whole_is_told():
-    """Along the sequence what has no gradient is not divided; a reason that is not one of its sizes."""
-    model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)).requires_grad_(False)
-    model[1].requires_grad_(True)
-    graph = capture_module(model, {"input": torch.zeros(2, 8, 32)}, loss=lambda output, inputs: output.square().sum(),
+@pytest.mark.parametrize("width, whole", [(32, ()), (16, ("what has no gradient is not divided along the sequence",))])
+def test_frozen_segments_are_divided_along_the_sequence_as_those_that_train(width, whole):
+    """Where their activations are of the shape that those have; else each member has all, with a reason that is not one
+    of its sizes."""
+    sizes = (24, width, width, 32, 32)
+    model = torch.nn.Sequential(*itertools.starmap(torch.nn.Linear, itertools.pairwise(sizes)))
+    model[:2].requires_grad_(False)
+    graph = capture_module(model, {"input": torch.zeros(2, 8, 24)}, loss=lambda output, inputs: output.square().sum(),
                            granularity="module")
-    assert program(graph, "0", "context", 4)[1].whole == ("what has no gradient is not divided along the sequence",)
+    trace, made = program(graph, "1", "context", 4)
+    assert made.whole == whole and trace.flops(Phase.F) == (1 if whole else 4) * made.trace.flops(Phase.F)
 
 
 @pytest.mark.parametrize("cut", [False, True])

@@ -56,14 +56,17 @@ class Case:
 def case(name: str, dtype: torch.dtype = torch.float64) -> Case:
     """With the loss of its task, or (``..-cut``) as the reference has it, with a row of logits cut off: ``moe``,
     ``deepseek`` (with experts, routed in float32), ``deepseek-dense``, ``llama`` (tied), ``llama-dora`` (adapters of a
-    recipe), ``phi3`` (fused projections), ``vlm``, ``vlm-frozen`` (vision tower), ``vlm-lora`` (language model),
-    ``skip``."""
+    recipe), ``llama-frozen`` (tables and two layers), ``phi3`` (fused projections), ``vlm``, ``vlm-frozen`` (vision
+    tower), ``vlm-lora`` (language model), ``skip``."""
     if name == "skip":
         module, shift, loss_of = models.skip_module(dtype), False, None
     elif name == "deepseek-dense":
         module, shift, loss_of = models.tiny_deepseek(dtype, 3), True, models.token_losses
-    elif name in ("moe", "deepseek", "llama", "llama-cut", "llama-dora", "phi3"):
+    elif name in ("moe", "deepseek", "llama", "llama-cut", "llama-dora", "llama-frozen", "phi3"):
         module, shift, loss_of = getattr(models, f"tiny_{name.partition('-')[0]}")(dtype), True, models.token_losses
+        if name == "llama-frozen":
+            for part in (module.model.embed_tokens, *module.model.layers[:2]):
+                part.requires_grad_(False)
         if name == "llama-dora":
             torch.manual_seed(13)
             adapt(module, AdapterConfig(("q_proj", "o_proj", "down_proj"), "dora", 4))

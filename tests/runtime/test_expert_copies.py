@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from test_elastic_teams import MACHINE
 
+from mipipe.graphs.coarse.totals import num_sequences
 from mipipe.graphs.errors import InputError
 from mipipe.graphs.operator_graph import Phase
 from mipipe.graphs.serialize import digest
@@ -27,6 +28,7 @@ from mipipe.planner.teams.evaluate import evaluate_teams
 from mipipe.planner.teams.prices.degrees import Degrees
 from mipipe.planner.teams.prices.pieces import model_pieces
 from mipipe.planner.teams.prices.pricing import Pricer
+from mipipe.planner.teams.refusal import refusal
 from mipipe.runtime.checkpoints.checkpoint_run import Start
 from mipipe.runtime.checkpoints.own_pieces import divided_names, divided_shapes
 from mipipe.runtime.checkpoints.save import Target, save_weights
@@ -356,6 +358,9 @@ def test_tokens_that_do_not_divide_are_refused():
     _, graph = ex.captured()
     with pytest.raises(InputError, match=r"mlp.dispatch: 24 tokens do not divide among 5 members, each of which sends"):
         member_graph(Team({"tensor": 5}), graph)
+    five = Team({"tensor": 5}, microbatch=5 * num_sequences(graph))  # of a graph that is captured again for the plan
+    assert refusal(five, graph, five.microbatch) is None
+    assert "but the graph was captured with" in (refusal(five, graph) or "")
 
 
 def test_rows_picked_by_data_are_not_for_teams(tmp_path):

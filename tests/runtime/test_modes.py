@@ -82,7 +82,7 @@ def test_a_whole_step(pool, made):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*BY_NAME, "skip", "vlm", "vlm-frozen"])
+@pytest.mark.parametrize("name", [*BY_NAME, "skip", "vlm", "vlm-frozen", "llama-frozen"])
 def test_whole_steps(pool, made, name):
     check_step(pool, made, name, 4 if name in BY_NAME else 2, ALL)
 

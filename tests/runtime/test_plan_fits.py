@@ -4,14 +4,24 @@ import dataclasses
 
 import pytest
 import runtime_cases as cases
+import torch
 
+from mipipe.graphs.cluster import DeviceKind
+from mipipe.graphs.costs.collectives import Fabric, Level
 from mipipe.graphs.errors import PlanError
 from mipipe.graphs.serialize import save
+from mipipe.graphs.topology import Link
 from mipipe.planner.actions import Stream
 from mipipe.planner.check.graph import check_graph
 from mipipe.planner.check.plan import check_plan
 from mipipe.planner.plan import Plan, RankOrder, Schedule
+from mipipe.planner.teams.again import TeamTask, with_task
+from mipipe.planner.teams.options import TeamOptions
+from mipipe.planner.teams.prices.machine import Machine
 from mipipe.runtime.engine.engine import Engine
+from mipipe.runtime.train.config import TrainConfig
+from mipipe.runtime.train.launching.prepare import held_otherwise
+from mipipe.runtime.weights.weights import load_weights
 
 
 def made():
@@ -113,6 +123,30 @@ def test_a_stage_that_would_never_be_updated(mipipe_check, tmp_path):
     code, error = mipipe_check(tmp_path / "plan.json", "--graph", tmp_path / "graph.json")
     assert code == PlanError.exit_code and "group layer1: on device, a W False" in error
     assert mipipe_check(tmp_path / "plan.json")[0] == 0
+
+
+@pytest.mark.parametrize("own, kept, counted", [
+    ("float32", None, None), ("float32", "float32", None), ("float32", "float64", 16), ("float32", "bfloat16", 16),
+    ("float64", None, None), ("bfloat16", "float32", None), ("bfloat16", None, 18), ("bfloat16", "float64", 18)])
+def test_a_dtype_that_the_plan_does_not_count_is_told(own, kept, counted):
+    """The line's bytes are those of what the run makes for AdamW: weights, gradients, two moments."""
+    graph = cases.chain_graph()
+    graph = dataclasses.replace(graph, parameters=tuple(dataclasses.replace(item, spec=dataclasses.replace(
+        item.spec, dtype=own)) for item in graph.parameters))
+    machine = Machine(DeviceKind("d", {own: 1}, 1, 1, 0, ""), Fabric((Level("host", 8, Link(0, 1)),)), 1, own)
+    plan = with_task(made(), TeamTask(machine, TeamOptions()))
+    weights = load_weights(graph, [item.fqn for item in graph.parameters], cases.chain_state(), torch.device("cpu"),
+                           getattr(torch, kept) if kept else None)
+    sizes = {tensor.data_ptr(): tensor.nbytes for tensor in (*weights.parameters.values(), *weights.compute.values())}
+    trained = sum(3 * item.nbytes for item in weights.parameters.values())  # gradients and moments, in the master's
+    held = (sum(sizes.values()) + trained) // sum(item.numel() for item in weights.parameters.values())
+    line = held_otherwise(plan, TrainConfig(steps=1, dtype=kept))
+    if counted is None:
+        assert line is None
+        return
+    assert f"counts {counted} bytes" in line and f"in {kept or own} it is {held}, so ranks hold" in line
+    assert ("hold more than" in line) == (held > counted)
+    assert held_otherwise(made(), TrainConfig(steps=1, dtype=kept)) is None  # a plan that was made for nothing known
 
 
 @pytest.fixture

@@ -69,8 +69,9 @@ class ModelPieces:
     def split(self, member: int, degrees: Degrees) -> tuple[TeamSplit, float]:
         """How a team divides the microbatch of a segment (by index) as captured, and the share of it that is left to
         divide: in ``batch`` mode members have whole samples, of which the captured microbatch may have too few. The
-        division of experts is told of segments that have some."""
-        mode, expert = self.mode(member, degrees), degrees.expert if member in self.with_experts else 1
+        division of experts is told of segments that have some to which tokens are sent."""
+        mode, sent = self.mode(member, degrees), member in self.with_experts and self.sends(degrees)
+        expert = degrees.expert if sent else 1
         if mode != "batch":
             return TeamSplit(degrees.tensor, degrees.context, expert, mode == "sequence"), 1.0
         members = math.gcd(degrees.tensor, self.sequences)
@@ -93,21 +94,26 @@ class ModelPieces:
         """Whether tokens travel to their experts."""
         return exchanges(self.graph)
 
+    def within(self, degrees: Degrees) -> bool:
+        """Whether the tensor axis divides the experts of a graph captured without sending: members add up what their
+        experts make of all tokens."""
+        return degrees.expert > 1 and not self.exchanges and (degrees.tensor, degrees.context) == (degrees.expert, 1)
+
     def sends(self, degrees: Degrees) -> bool:
-        """Whether tokens travel to the experts that devices share: not where the tensor axis divides those of a graph
-        captured without (other divisions of such a graph are priced as of one captured with)."""
-        return degrees.expert > 1 and (self.exchanges or degrees.expert != degrees.tensor)
+        """Whether tokens travel to the experts that devices share (divisions of a graph captured without sending that
+        are not `within` a team are priced as of one captured with)."""
+        return degrees.expert > 1 and not self.within(degrees)
 
     def shares(self, member: int, degrees: Degrees) -> tuple[TeamShare, ...]:
         """What members along the context and the tensor axis have of a segment (by index), as a run of the plan divides
         it; none where tokens are sent to the segment's experts by devices that share all else."""
         mode, trace = self.mode(member, degrees), self.index.traces[member]
-        apart = degrees.expert > 1 and not self.exchanges
+        apart = self.sends(degrees) and not self.exchanges
         if apart and self.graph.segments[member].tags.role is Role.EXPERTS:
             return ()
         axes = [("context", degrees.context), *([(mode, degrees.tensor)] if mode != "batch" else [])]
-        apart = apart and member in self.with_experts
-        return tuple(self._shares.of(trace, name, size, apart) for name, size in axes if size > 1)
+        apart, within = apart and member in self.with_experts, self.within(degrees)
+        return tuple(self._shares.of(trace, name, size, apart, within) for name, size in axes if size > 1)
 
     @cached_property
     def _shares(self) -> TeamShares:
@@ -117,7 +123,12 @@ class ModelPieces:
 
     def parts_between(self, member: int, degrees: Degrees) -> int:
         """Into how many parts a team divides what a segment (by index) gives to others."""
-        return degrees.context * (1 if self.mode(member, degrees) == "tensor" else degrees.tensor)
+        return degrees.context * (1 if self.gives_whole(member, degrees) else degrees.tensor)
+
+    def gives_whole(self, member: int, degrees: Degrees) -> bool:
+        """Whether every member along the tensor axis has all that a segment (by index) gives to others."""
+        added = self.graph.segments[member].tags.role is Role.EXPERTS and self.within(degrees)
+        return added or self.mode(member, degrees) == "tensor"
 
     def layout(self, name: str, member: int, degrees: Degrees) -> Layout:
         """How a value lies along the tensor axis between segments in the mode of this one (by index)."""

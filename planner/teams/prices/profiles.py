@@ -33,8 +33,9 @@ class SegmentProfiles:
 
     def division(self, members: Collection[int], degrees: Degrees) -> tuple[object, ...]:
         """How a team divides the work of these segments (by index): how experts are divided is a part of that only
-        where they have some, or where profiles are traced for teams that divide none."""
-        apart = degrees.expert > 1 and (self.model.graph.modes is not None
+        where they have some, or are divided within the team, or where profiles are traced for teams that divide
+        none."""
+        apart = degrees.expert > 1 and (self.model.graph.modes is not None or self.model.within(degrees)
                                         or not self.model.with_experts.isdisjoint(members))
         return (degrees.tensor, degrees.sequence, degrees.context, degrees.expert if apart else 1,
                 degrees.batch_branches)
@@ -45,7 +46,7 @@ class SegmentProfiles:
         again, (split, left) = degrees.recompute == "selective", self.model.split(member, degrees)
         plain = degrees.context == degrees.expert == 1 and split.tensor * split.batch > 1 and left == 1 and not again
         plain = plain and self.model.graph.modes is not None
-        key = trace.digest, role, split, left, again, plain
+        key = trace.digest, role, split, left, again, plain, self.model.within(degrees)
         if key in self._profiles:
             return self._profiles[key]
         fused, flash, cut = self.machine.kernels
@@ -73,7 +74,8 @@ class SegmentProfiles:
         return self.model.shares(member, degrees)
 
     def lengths(self, member: int, degrees: Degrees) -> tuple[HeldLength, ...]:
-        """What of a segment's parameters devices that hold the same divide along dimensions of certain lengths."""
+        """What of a segment's parameters devices that hold the same divide along dimensions of certain lengths. Sums
+        over the tensor axis of the gradients of norms and biases, a few bytes, are left out."""
         trace, profile = self.model.trace(member, degrees.recompute), self.profile(member, degrees)
         trains, batch = self.model.index.runs(member, Phase.W), self.model.mode(member, degrees) == "batch"
         banks, sent = self.facts(member, degrees).banks, self.model.sends(degrees)
@@ -86,7 +88,8 @@ class SegmentProfiles:
             size = -(-spec.num_bytes // part.degree)
             trained = size if trains and grad is not None else 0
             sizes = found.setdefault((length, experts), [0, 0, 0])
-            for place, more in enumerate((size, trained, trained if batch and not experts else 0)):
+            summed = batch if not experts else degrees.expert == 1 and "tensor" in part.sum_gradient
+            for place, more in enumerate((size, trained, trained * summed)):
                 sizes[place] += more
         return tuple(HeldLength(*key, *sizes) for key, sizes in found.items())
 
@@ -120,7 +123,7 @@ class SegmentProfiles:
         backward; ``again``: nothing does. Values between its segments are there until the last that reads them."""
         split = self.model.split(piece.members[0], degrees)[0]
         index, graph, place = self.model.index, self.model.graph, {at: n for n, at in enumerate(piece.members)}
-        parts = split.samples_and_positions * (split.tensor if split.sequence else 1)
+        rows = split.samples_and_positions
         stays: list[frozenset[str]] = []
         kept: set[str] = set()
         for member in piece.members:
@@ -141,6 +144,7 @@ class SegmentProfiles:
                 self._held[key] = forward_alive(trace, segment.tags.role, own_split, self.facts(member, degrees),
                                                 elsewhere, self.shares(member, degrees))
             most = max(most, self._held[key] + sum(size for _, size in waiting))
+            parts = rows * (1 if self.model.gives_whole(member, degrees) else split.tensor)
             waiting += [(max((place.get(reader, len(place)) for reader in index.readers[value]), default=position),
                          -(-index.num_bytes[value] // parts)) for value in segment.outputs if value not in kept]
         return most

@@ -7,24 +7,25 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from mipipe.graphs.coarse.totals import num_sequences
 from mipipe.graphs.errors import InputError, RunError
-from mipipe.graphs.operator_graph import OperatorGraph
+from mipipe.graphs.operator_graph import DTYPE_BYTES, OperatorGraph
 from mipipe.graphs.recipes.source import recipe_of
 from mipipe.graphs.serialize import load
-from mipipe.graphs.sharding.member import has_dynamic_rows
 from mipipe.graphs.write_files import check_apart, same_file
 from mipipe.planner.check import check_program
 from mipipe.planner.check.graph import check_graph
 from mipipe.planner.execution.lower import lower
 from mipipe.planner.plan import Plan
 from mipipe.planner.policy_branches import load_plans
+from mipipe.planner.problems.from_graph import STATE_BYTES
 from mipipe.planner.program import Program
+from mipipe.planner.teams.again import KEY, task_of
+from mipipe.planner.teams.refusal import refusal
 from mipipe.runtime.checkpoints.checkpoint_folder import choose, probe, read_state
 from mipipe.runtime.checkpoints.checkpoint_run import Start
 from mipipe.runtime.checkpoints.folder_lock import FolderLock
 from mipipe.runtime.engine.batches import check_sizes
-from mipipe.runtime.experts.layers import expert_degree, expert_layers, undivided_tokens
+from mipipe.runtime.experts.layers import expert_degree, expert_layers
 from mipipe.runtime.ranks.groups import ALONE
 from mipipe.runtime.ranks.mesh import check_processes
 from mipipe.runtime.train.config import TrainConfig, read_train_config
@@ -118,32 +119,34 @@ def check_team(plan: Plan, graph: OperatorGraph, config: TrainConfig) -> None:
                          " plan single devices, or copies of them")
     if team is None:
         return
-    picking = [segment.name for segment in graph.segments if divided and has_dynamic_rows(graph.trace(segment))]
-    if picking:
-        raise InputError(f"plan {plan.name}: its ranks are teams ({team.text()}), but segment {picking[0]} picks rows"
-                         " by data, in which members would differ; capture the model with grouped experts, or plan with"
-                         " --degrees tensor=1,context=1")
+    if expert_layers(graph):
+        expert_degree(team, graph, team.copies)
+    reason = refusal(team, graph)
+    if reason is not None:
+        raise InputError(f"plan {plan.name}: {reason}")
     if config.experts is not None and config.experts.elastic is not None and (
             "context" in team.axes or any(item.mode in ("sequence", "batch") for item in team.modes)):
         raise InputError(f"plan {plan.name}: members of its teams ({team.text()}) route parts of the tokens, for which"
                          " experts.elastic would draw alike; plan with --degrees tensor= in place of sequence=, and"
                          " context=1, or leave experts.elastic out")
-    rows = num_sequences(graph)
-    if team.microbatch not in (0, rows):
-        raise InputError(f"plan {plan.name}: has microbatches of {team.microbatch} sequences, but the graph was"
-                         f" captured with {rows}; capture it with --batch {team.microbatch} and plan that")
-    if expert_layers(graph):
-        expert_degree(team, graph, team.copies)
-        tokens = undivided_tokens(graph, team.members)
-        if tokens is not None:
-            raise InputError(f"plan {plan.name}: {tokens} tokens of a microbatch do not divide among the {team.members}"
-                             f" members of its teams ({team.text()}), each of which sends its part to the experts; plan"
-                             " with --degrees whose members divide them, or capture with another --batch or --seq")
-    elif team.expert > 1 and (team.expert != team.axes.get("tensor") or "context" in team.axes):
-        raise InputError(f"plan {plan.name}: divides experts over {team.expert} devices, but of a graph captured"
-                         f" without --expert-parallel training divides them over the tensor axis of a team alone"
-                         f" ({team.text()}); capture with --expert-parallel {team.expert} and plan that graph, or plan"
-                         " with --degrees expert=1 or with expert and tensor alike")
+
+
+def held_otherwise(plan: Plan, config: TrainConfig) -> str | None:
+    """A line on a run whose ``dtype`` is not that in which its plan of teams counts master weights, gradients and
+    optimizer state; None where it is, or the plan does not say what it was made for."""
+    if KEY not in plan.provenance:
+        return None
+    machine = task_of(plan).machine
+    kept, size = config.dtype or machine.dtype, DTYPE_BYTES[machine.dtype]
+    counted = size + machine.gradient_bytes + machine.state_bytes
+    mixed = machine.keeps == "adamw_mixed"  # its master weights are state
+    numbers = 2 + (STATE_BYTES["adamw"] if mixed else STATE_BYTES[machine.keeps])
+    held = round(numbers * DTYPE_BYTES[kept]) + (size if kept != machine.dtype else 0)
+    if held == counted:
+        return None
+    return (f"dtype: the plan counts {counted} bytes of weights, gradients and optimizer state for a parameter that"
+            f" trains{' (those of float32 beside 16-bit weights)' if mixed else ''}; in {kept} it is {held}, so ranks"
+            f" hold {'more' if held > counted else 'less'} than the plan says")
 
 
 def check_copies(plan: Plan, graph: OperatorGraph, config: TrainConfig, copies: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,8 @@ from team_config import CONFIG
 from team_machine import machine
 
 from mipipe.graphs.capture.model import capture
-from mipipe.graphs.operator_graph import DTYPE_BYTES
+from mipipe.graphs.costs.mode_profile import all_work
+from mipipe.graphs.operator_graph import DTYPE_BYTES, Phase
 from mipipe.planner.teams.as_team import team_of
 from mipipe.planner.teams.outside import undivided
 from mipipe.planner.teams.prices.degrees import Degrees
@@ -86,6 +88,23 @@ def test_plans_say_what_members_hold(pieces, degrees):
     check_held(pieces, degrees)
 
 
+@pytest.mark.parametrize("degrees", [Degrees(tensor=4, expert=4, copies=2),
+                                     Degrees(tensor=2, sequence=True, expert=2, copies=2)], ids=Degrees.text)
+def test_experts_that_a_team_divides_are_priced_as_members_run_them(pieces, degrees):
+    """They add up what their experts make of all tokens: what they hold, what they send, in which phase; whatever was
+    priced before."""
+    if not pieces.has_experts:
+        pytest.skip("no experts")
+    check_held(pieces, degrees)
+    made, pricer = member_graph(team_of(pieces, degrees, "h100"), pieces.graph).graph, Pricer(pieces, machine())
+    pricer.costs(replace(degrees, expert=1))
+    for number, segment in enumerate(made.segments):
+        work, told = all_work(made.trace(segment)), pricer.profile(number, degrees).phases
+        for phase in {Phase.F, Phase.I} & set(work):  # estimates leave out what W gathers of F's values
+            assert Counter({(item.kind, item.axis, item.num_bytes): item.count for item in work[phase].collectives}) \
+                == Counter((item.kind, item.axis, item.num_bytes) for item in told[phase].collectives), segment.name
+
+
 def test_experts_of_graphs_captured_without_sending_are_priced_as_with(sent, tmp_path):
     """But for those that the tensor axis divides, which a run has so."""
     stay = pieces_of("experts", tmp_path)
@@ -94,6 +113,21 @@ def test_experts_of_graphs_captured_without_sending_are_priced_as_with(sent, tmp
             degrees)] for model in (stay, sent))
         assert [sum(sizes) for sizes in zip(*told, strict=True)] == pytest.approx(
             [sum(sizes) for sizes in zip(*known, strict=True)], rel=1e-3)
+
+
+@pytest.mark.parametrize("degrees", [Degrees(tensor=2, copies=2), Degrees(tensor=2, sequence=True, context=2)],
+                         ids=Degrees.text)
+def test_experts_that_every_device_has_are_held_and_added_up_by_all(sent, degrees):
+    """Copies and context members divide their state, those along the tensor axis do not; each has its part of the
+    tokens, so gradients are sums over it, which take time."""
+    check_held(sent, degrees)
+    summed = {fqn for fqn, axes in member_graph(team_of(sent, degrees, "h100"), sent.graph).sums.items()
+              if "tensor" in axes and ".experts." in fqn}
+    pricer = Pricer(sent, machine())
+    told = sum(item.summed for piece in sent.pieces for member in piece.members
+               for item in pricer.lengths(member, degrees) if item.experts)
+    assert summed and told == sum(item.spec.num_bytes for item in sent.graph.parameters if item.fqn in summed)
+    assert sum(cost.reduce for cost in pricer.costs(replace(degrees, context=1, copies=1))) > 0
 
 
 @pytest.mark.parametrize("degrees", SENT, ids=Degrees.text)

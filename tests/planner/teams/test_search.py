@@ -96,6 +96,44 @@ def test_what_cannot_be_faster_is_not_priced(pieces, monkeypatch):
         search_teams(pricer, 8, 16, replace(options, time_limit_s=1e-9))
 
 
+def test_what_may_be_faster_is_priced_before_orders_are_made(pieces, monkeypatch):
+    """Few combinations are priced at first: of those below the best of these all are, and DualPipeV is tried on them,
+    before lists and searches make orders. (1F1B stands for all masters.)"""
+    spaces, told = [], []
+
+    class Noted(DegreeSpace):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            spaces.append(self)
+
+    def step_of(name):
+        def note(pricer, ranked, *others):
+            best, waiting = (others[1], ranked) if name == "paired" else (ranked[0].seconds, others[0])
+            told.append((name, len(spaces[0].points), spaces[0].left()[0] >= best, waiting is spaces[0].points))
+            return iter(())
+        return note
+
+    def solved(pricer, degrees, global_batch, options, below, how):
+        try:
+            made = evaluate_teams(pricer, degrees, global_batch,
+                                  schedule="interleaved" if degrees.chunks > 1 else "1F1B")
+        except InputError:
+            return None
+        return None if made.shortage else made
+
+    monkeypatch.setattr(search, "DegreeSpace", Noted)
+    monkeypatch.setattr(search, "solved_master", solved)
+    monkeypatch.setattr(search, "EFFORT", replace(EFFORT, priced=0, until_priced=0.0, until_more_priced=0.0))
+    for name in ("paired", "_waved", "ordered"):
+        monkeypatch.setattr(search, name, step_of(name))
+    options = TeamOptions({"context": 1, "zero": 1}, time_limit_s=60.0)
+    search_teams(Pricer(pieces, machine(10**9, host=4)), 8, 16, options)
+    (first, few, *_), (second, many, priced, all_of_them) = told[:2]
+    assert first == second == "paired" and few < many and priced and all_of_them
+    assert [name for name, *_ in told[2:]] == ["_waved", "ordered"]
+    assert all(priced and count == many for _, count, priced, _ in told[2:])
+
+
 @pytest.mark.parametrize("given, memory, error, message", [
     ({"tensor": 3}, 10**9, InputError, "tensor 3 = 3 devices, which does not divide the 8 there are"),
     ({"copies": 8, "context": 1, "expert": 3}, 10**9, InfeasibleError, "expert=3 does not divide the 8 devices"),
