@@ -43,14 +43,10 @@ from mipipe.planner.time_shares import SHARES
 
 MOST_JOBS = 100
 """Jobs (groups x phases x microbatches) from which the model is refused: 40 are proven within seconds, 70 seldom within
-a minute."""
+a minute. That many are written down in about a second, others in the square of their share."""
 
 MOST_PRODUCTS = 20_000
 """Products of two assignments (pairs of units x devices squared) up to which the model is written."""
-
-
-BUILT_S = 2e-4
-"""Seconds that writing the model down takes, for every job squared, at most."""
 
 
 def climb(run: Run, admit: Callable[[Run, Placement], Candidate | None]) -> None:
@@ -133,9 +129,9 @@ class Deciding:
         """Solve for some seconds; False where the problem is too large, or the model has nothing left to say."""
         run = self.run
         if self.small is None:
-            longest = SHARES.longest_slice * run.options.time_limit_s
-            self.small = (_takes(run.problem, replace(run.options, recompute=False))
-                          and BUILT_S * num_jobs(run.problem) ** 2 <= longest)
+            written_s = (num_jobs(run.problem) / MOST_JOBS) ** 2
+            self.small = (written_s <= SHARES.longest_slice * run.options.time_limit_s
+                          and _takes(run.problem, replace(run.options, recompute=False)))
         if self.ended or not self.small or run.best is None:
             return False
         began, before = time.monotonic(), run.makespan_ns

@@ -50,9 +50,6 @@ FORGIVEN = 0.0005
 DRAWN = 400
 """Neighbours that are drawn for a line in vain before it looks farther and around."""
 
-LONGER_AFTER = 50
-"""Tries without success, at least, after which every try has a round of annealing more."""
-
 Key = tuple[object, ...]
 """A placement, whichever of its microbatches comes first."""
 
@@ -205,9 +202,10 @@ class Moving:
             return None
         self.tries += 1
         line.misses += 1
-        ends = 2 * found.view.num_stages  # moves of an end of a stage: when as many failed, rounds are too short
+        # moves of an end of a stage: when as many failed, or many of few, rounds are too short
+        several = max(2 * found.view.num_stages, DRAWN // 8)
         return Try(line, found, line.moments, line.allowed_ns - line.aside_ns, self.tries,
-                   1 + line.misses // max(LONGER_AFTER, ends), time.monotonic())
+                   1 + line.misses // several, time.monotonic())
 
     def _ordered(self, made: Try, end: float, over: Callable[[], bool]) -> Orders | None:
         """The orders that a neighbour inherits, if it does until a moment of the monotonic clock, annealed; in any

@@ -11,7 +11,9 @@ a shape asked for by name is that shape (a chain can be exported, a spread head 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from itertools import combinations, pairwise
 
 from mipipe.planner import clock
 from mipipe.planner.actions import Stream
@@ -24,7 +26,7 @@ from mipipe.planner.problem import PlanningProblem
 
 SHIFTED = 4096
 """Ranks x microbatches up to which every shape is also cut with less for ranks that start late: beyond, the time for
-another candidate is better spent searching."""
+another candidate is better spent searching. A named shape is cut in every way, as often as they go into it."""
 
 
 def shapes(ranks: int, name: str = "free") -> list[Shape]:
@@ -101,9 +103,24 @@ def _equal(problem: PlanningProblem, parts: Sequence[Sequence[int]]) -> bool:
 
 def proposes_all(problem: PlanningProblem, name: str) -> bool:
     """Whether `propose_shapes` gives every placement of a named shape, so that a bound may be one over these: where it
-    can be cut in one way, or all layers are equal (a named shape of these is the published one, in equal stages)."""
+    can be cut in few ways, or all layers are equal (a named shape of these is the published one, in equal stages)."""
     own, blocks = shapes(problem.num_ranks, name), len(units(problem))
-    return bool(own) and all(blocks <= shape.num_stages or _equal(problem, fit_cuts(problem, shape)) for shape in own)
+    return bool(own) and all(blocks <= shape.num_stages or _few_cuts(problem, shape)
+                             or _equal(problem, fit_cuts(problem, shape)) for shape in own)
+
+
+def _few_cuts(problem: PlanningProblem, shape: Shape) -> bool:
+    """Whether all cuts of a shape into stages that are not empty are few."""
+    count = math.comb(len(units(problem)) - 1, shape.num_stages - 1)
+    return count * problem.num_ranks * problem.num_microbatches <= SHIFTED
+
+
+def _all_cuts(problem: PlanningProblem, shape: Shape) -> Iterator[Placement]:
+    """A shape cut in every way into stages that are not empty."""
+    blocks = units(problem)
+    for cuts in combinations(range(1, len(blocks)), shape.num_stages - 1):
+        ends = (0, *cuts, len(blocks))
+        yield place(problem, shape, [[g for block in blocks[low:high] for g in block] for low, high in pairwise(ends)])
 
 
 def keeps_shape(known: Placement, other: Placement) -> bool:
@@ -133,6 +150,9 @@ def all_placements(problem: PlanningProblem, name: str = "free") -> Iterator[Pla
             shifted = fit_cuts(problem, shape, by_head=True, start=even)
             if shifted != even:
                 yield place(problem, shape, shifted)
+            if name != "free" and _few_cuts(problem, shape):
+                known = [place(problem, shape, cut).stages for cut in (even, shifted)]
+                yield from (made for made in _all_cuts(problem, shape) if made.stages not in known)
         if name == "free" and ends and problem.num_ranks > 1 and blocks - len(ends) >= shape.num_stages:
             yield place_spread(problem, shape, ends)
     yield from rings(problem, name)

@@ -83,14 +83,14 @@ def test_bytes_lacking_are_those_of_every_rank() -> None:
 
 def test_a_small_problem_that_no_list_fits_is_asked_of_the_exact_model() -> None:
     """A backward that begins before all is saved: the second group's input gradient frees what the first one's needs.
-    What the model proves of one replica is not taken as a bound over all placements."""
+    No group may have two replicas, so that the loop takes the model's bound as one over all placements."""
     early = chain([group("g0", 5, (1, 0, 0)), group("g1", 1, (3, 0, 1)), group("g2", 1, (2, 0, 0))], [7, 7],
                   microbatches=1)
     options = PlanOptions(time_limit_s=2.5, threads=1)
     found = plan(early, options)
     assert found.plan is not None and found.how.placement == ("exact MIP",), found.reason
     check_plan(found.plan)
-    assert "exact" not in found.how.bound
+    assert found.how.bound == "exact MIP" and found.makespan_ns == found.bound_ns
     assert plan(early, replace(options, use_milp=False)).plan is None
 
 

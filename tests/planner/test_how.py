@@ -135,7 +135,7 @@ def test_a_placement_of_the_mip_is_called_its_own(tmp_path: Path) -> None:
 
 def test_other_objectives_count_the_calls_of_all_their_solves() -> None:
     with counting() as outer:
-        result = plan(_problem(), PlanOptions(time_limit_s=3, placement="v", objective="memory", epsilon=0.3))
+        result = plan(_problem(), PlanOptions(time_limit_s=3, objective="memory", epsilon=0.3, use_search=False))
     assert result.plan is not None and result.plan.provenance["how"] == to_data(result.how)
     assert result.how.highs == outer.rows() and result.how.calls >= 2
 

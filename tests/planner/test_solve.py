@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from mipipe.graphs.errors import InputError
+from mipipe.graphs.topology import Topology
 from mipipe.planner import solve
 from mipipe.planner.bounds.at_placement import placement_bound
 from mipipe.planner.check import check_plan
@@ -25,7 +26,7 @@ from mipipe.planner.ladder.order_rungs import published
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.placements.shapes import propose_shapes
-from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem
 from mipipe.planner.problems.uniform import two_stream_problem, uniform_problem
 from mipipe.planner.schedules import BASELINES
 from mipipe.planner.search import annealing as search
@@ -180,12 +181,15 @@ def test_the_bound_of_a_shape_holds_where_time_is_up_among_its_cuts(monkeypatch)
 
 
 def test_the_bound_of_a_shape_holds_for_cuts_that_no_list_was_found_for(monkeypatch) -> None:
-    problem = uniform_problem(ranks=4, microbatches=8, f=1, i=1, w=1, comm="0.1", layers=16, copies=1)
-    bounds = [placement_bound(view(problem, placement)).ns for placement in propose_shapes(problem, "interleaved")]
-    assert min(bounds) < bounds[0]
+    times = ((9, 6, 3), (9, 4, 6), (5, 8, 6), (6, 8, 1), (4, 3, 1), (9, 6, 1))
+    groups = tuple(Group(f"g{n}", {"d": PhaseTimes(*of)}, resident_bytes=1) for n, of in enumerate(times))
+    problem = PlanningProblem("cuts", groups, tuple(GroupEdge(n, (n + 1,), value=f"v{n}") for n in range(5)),
+                              Topology.uniform(2, latency_ns=1, kind="d"), 1)
+    bounds = [placement_bound(view(problem, placement)).ns for placement in propose_shapes(problem, "chain")]
+    assert len(bounds) == 5 and min(bounds) < bounds[0]
     admit = entering._admit
     monkeypatch.setattr(entering, "_admit", lambda run, found: run.best is None and admit(run, found))
-    run = Run(problem, PlanOptions(time_limit_s=60, placement="interleaved"))
+    run = Run(problem, PlanOptions(time_limit_s=60, placement="chain"))
     enter(run)
     assert len(run.candidates) == 1 and run.candidates[0].bound.ns == bounds[0]
     assert run.lowest_ns == min(bounds)
