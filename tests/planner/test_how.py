@@ -137,7 +137,7 @@ def test_other_objectives_count_the_calls_of_all_their_solves() -> None:
     with counting() as outer:
         result = plan(_problem(), PlanOptions(time_limit_s=3, objective="memory", epsilon=0.3, use_search=False))
     assert result.plan is not None and result.plan.provenance["how"] == to_data(result.how)
-    assert result.how.highs == outer.rows() and result.how.calls >= 2
+    assert result.how.highs == outer.rows() and result.how.calls >= 1
 
 
 def test_parts_are_switched_off_by_name() -> None:
