@@ -12,14 +12,16 @@ a shape asked for by name is that shape (a chain can be exported, a spread head 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations, pairwise
 
+from mipipe.graphs.operator_graph import Tags
 from mipipe.planner import clock
 from mipipe.planner.actions import Stream
 from mipipe.planner.jobs.memory import resident_room
 from mipipe.planner.placements import branches
-from mipipe.planner.placements.cuts import Shape, deal_ends, fit_cuts, loads, place, place_spread, units
+from mipipe.planner.placements.cuts import Shape, deal_ends, fit_cuts, place, place_spread, units
 from mipipe.planner.placements.ring import rings
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
@@ -95,10 +97,11 @@ def propose_shapes(problem: PlanningProblem, name: str = "free") -> Iterator[Pla
     return (placement for placement in all_placements(problem, name) if resident_fits(problem, placement))
 
 
-def _equal(problem: PlanningProblem, parts: Sequence[Sequence[int]]) -> bool:
-    """Whether all stages take the same time on the first device."""
-    work = loads(problem)
-    return len({sum(work[g][0] for g in part) for part in parts}) == 1
+def _equal(problem: PlanningProblem, shape: Shape) -> bool:
+    """Whether all layers are equal, and as many for every stage."""
+    blocks = [[replace(problem.groups[g], name="", segments=(), tags=Tags()) for g in block]
+              for block in units(problem)]
+    return len(blocks) % shape.num_stages == 0 and all(block == blocks[0] for block in blocks)
 
 
 def proposes_all(problem: PlanningProblem, name: str) -> bool:
@@ -106,7 +109,7 @@ def proposes_all(problem: PlanningProblem, name: str) -> bool:
     can be cut in few ways, or all layers are equal (a named shape of these is the published one, in equal stages)."""
     own, blocks = shapes(problem.num_ranks, name), len(units(problem))
     return bool(own) and all(blocks <= shape.num_stages or _few_cuts(problem, shape)
-                             or _equal(problem, fit_cuts(problem, shape)) for shape in own)
+                             or _equal(problem, shape) for shape in own)
 
 
 def _few_cuts(problem: PlanningProblem, shape: Shape) -> bool:
@@ -146,7 +149,7 @@ def all_placements(problem: PlanningProblem, name: str = "free") -> Iterator[Pla
         even = fit_cuts(problem, shape)
         yield place(problem, shape, even)
         few = problem.num_ranks > 1 and problem.num_ranks * problem.num_microbatches <= SHIFTED
-        if few and (name == "free" or not _equal(problem, even)):  # a named shape of equal layers is the published one
+        if few and (name == "free" or not _equal(problem, shape)):  # a named shape of equal layers is the published one
             shifted = fit_cuts(problem, shape, by_head=True, start=even)
             if shifted != even:
                 yield place(problem, shape, shifted)
