@@ -266,8 +266,9 @@ def torchtitan_config(plan: Plan, csv_file: str) -> tuple[str, str | None]:
             "pipeline_parallel_schedule": "ZBVZeroBubble" if found.turned else
             "Interleaved1F1B" if found.chunks > 1 else "1F1B",
             "pipeline_parallel_schedule_csv": csv_file, "pipeline_parallel_microbatch_size": found.microbatch}
+    at_once = found.microbatches if found.ranks > 1 else 1  # without a pipeline the trainer accumulates over steps
     data = {"parallelism": parallelism, "activation_checkpoint": found.recompute,
-            "training": {"local_batch_size": found.microbatch * found.microbatches,
+            "training": {"local_batch_size": found.microbatch * at_once,
                          "global_batch_size": found.global_batch}}
     return json.dumps(data, indent=2) + "\n", order
 

@@ -17,7 +17,7 @@ from mipipe.planner.teams.mixing import mixed, pair_guess
 from mipipe.planner.teams.prices.degrees import Degrees, Recompute
 from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.planner.teams.space import Point
-from mipipe.planner.teams.stages import cut_pieces, overlap_rule, stages_on, team_problem
+from mipipe.planner.teams.stages import overlap_rule, stages_on, team_problem
 
 PAIRS = "dualpipev"
 """The published schedule of overlapped pairs that is looked for on all meshes."""
@@ -149,7 +149,7 @@ def order_of(pricer: Pricer, item: TeamResult, global_batch: int, seconds: float
     """The order level on the stages of a result, weight gradients on their own; None where it has no plan."""
     degrees = item.degrees
     costs = piece_costs(pricer, degrees, item.recompute)
-    pieces = cut_pieces(pricer.model, item.layers)
+    pieces = [stage.pieces for stage in item.stages]  # layers alone do not say where what is between them goes
     # the solve chooses the ranks: where both ends of a tied table come to one, its second copy and sum are too much
     stages = stages_on(costs, pieces, [(number % degrees.ranks,) for number in range(len(pieces))],
                        pricer.tied(degrees), pricer.machine, split=True)

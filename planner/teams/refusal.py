@@ -34,8 +34,8 @@ def refusal(team: Team, graph: OperatorGraph, sequences: int | None = None) -> s
     if team.expert > 1 and (team.expert != team.axes.get("tensor") or "context" in team.axes):
         return (f"it divides experts over {team.expert} devices, but of a graph captured without --expert-parallel"
                 f" training divides them over the tensor axis of a team alone ({team.text()}); capture with"
-                f" --expert-parallel {team.expert} and plan that graph, or plan with --degrees expert=1 or with expert"
-                " and tensor alike")
+                f" --expert-parallel {team.expert} and plan that graph, or plan with --degrees expert=1 or with"
+                f" tensor={team.expert},expert={team.expert},context=1")
     return None
 
 

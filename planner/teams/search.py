@@ -285,9 +285,10 @@ def _why_none(pricer: Pricer, count: int, options: TeamOptions, devices: int, gl
         if reason is not None:
             return f"no plan exists: {reason}"
     if not count:
-        more = -(-global_batch // devices) * devices
+        step = devices * (options.microbatch or 1)
+        more = -(-global_batch // step) * step
         return "no plan exists: no degrees divide the devices, heads, sequences and batch" + (
             " with those that are fixed; fix fewer" if options.given else
-            f"; --global-batch {more} would, with copies={devices}")
+            f"; --global-batch {more} would, with copies={devices}" if more != global_batch else "")
     return (f"no plan exists: none of {count} combinations of degrees fits {format_bytes(pricer.machine.memory_bytes)}"
             " per device; give more devices or memory" + (", or fix fewer degrees" if options.given else ""))

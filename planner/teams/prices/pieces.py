@@ -278,12 +278,15 @@ def misfit(model: ModelPieces, degrees: Degrees, global_batch: int) -> str | Non
             reason = _member_misfit(model, member, degrees)
             if reason is not None:
                 return reason
-    if model.tokens is not None and model.tokens % (degrees.context * (degrees.tensor if degrees.sequence else 1)):
+    parts = degrees.context * (degrees.tensor if degrees.sequence else 1)
+    if model.tokens is not None and model.tokens % parts:
         return (f"sequences of {model.tokens} tokens do not divide into context={degrees.context}"
-                + (f" x sequence={degrees.tensor}" if degrees.sequence else "") + " parts; use powers of two")
+                + (f" x sequence={degrees.tensor}" if degrees.sequence else "")
+                + f" parts; {_divisors(model.tokens, parts)} parts would, or {_near(model.tokens, parts)} tokens")
     if degrees.team * degrees.copies % degrees.expert:
-        return (f"expert={degrees.expert} does not divide the {degrees.team * degrees.copies} devices of a rank over"
-                f" all copies (tensor x context x copies)")
+        every = degrees.team * degrees.copies
+        return (f"expert={degrees.expert} does not divide the {every} devices of a rank over all copies (tensor x"
+                f" context x copies); {_divisors(every, every)} would")
     return None
 
 
@@ -300,15 +303,16 @@ def _member_misfit(model: ModelPieces, member: int, degrees: Degrees) -> str | N
     heads, banks = model.heads_and_banks[model.graph.segments[member].trace]
     name, mode = model.graph.segments[member].name, model.mode(member, degrees)
     if heads is not None and heads[0] % degrees.tensor and mode != "batch":
-        fits = ", ".join(str(size) for size in range(1, heads[0] + 1) if heads[0] % size == 0)
-        return f"tensor={degrees.tensor} does not divide the {heads[0]} heads of {name}; {fits} would"
+        return (f"tensor={degrees.tensor} does not divide the {heads[0]} heads of {name};"
+                f" {_divisors(heads[0], heads[0])} would")
     if degrees.expert > 1 and model.graph.segments[member].tags.role is Role.EXPERTS:
         if mode == "batch" and not model.exchanges:
             return (f"expert={degrees.expert} divides the experts of {name} along the tensor axis, where --modes gives"
                     " their branch the mode batch; leave one of both out")
         wrong = [size for size in banks if size % degrees.expert]
         if wrong:
-            return f"expert={degrees.expert} does not divide the {wrong[0]} experts of {name}"
+            return (f"expert={degrees.expert} does not divide the {wrong[0]} experts of {name};"
+                    f" {_divisors(wrong[0], wrong[0])} would")
     return None
 
 
@@ -322,12 +326,18 @@ def indivisible_of(model: ModelPieces, degrees: Degrees) -> tuple[str, ...]:
     for piece in model.kinds if degrees.team > 1 else ():
         for member in piece.members:
             segment, trace = model.graph.segments[member], model.index.traces[member]
-            counts = segment.tags.role not in _SMALL and any(item.flops for item in trace.operators)
+            apart = segment.tags.role is Role.EXPERTS and degrees.expert > 1  # these have experts of their own
+            counts = segment.tags.role not in _SMALL and not apart and any(item.flops for item in trace.operators)
             for share in model.shares(member, degrees) if counts else ():
                 for reason in share.whole:
                     if not (share.dims and "would send more" in reason):
                         found.setdefault(reason, []).append(segment.name)
     return tuple(f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in found.items())
+
+
+def _divisors(value: int, most: int) -> str:
+    """The numbers up to ``most`` that divide a value."""
+    return ", ".join(str(size) for size in range(1, most + 1) if value % size == 0)
 
 
 def _near(value: int, step: int) -> str:
