@@ -25,6 +25,7 @@ from typing import ParamSpec, TypeVar
 import numpy as np
 
 from mipipe.graphs.errors import InfeasibleError
+from mipipe.planner import clock
 from mipipe.planner.bounds.loads import work_of
 from mipipe.planner.bounds.over_placements import Bound, facts_of
 from mipipe.planner.jobs.overlap import pair_gain
@@ -80,7 +81,8 @@ def climb(run: Run, known: Plan | None = None) -> None:
     run.period_bound_ns = period_bound(run.problem).ns
     entries: list[PeriodEntry] = []
     if known is not None:
-        entry = enter_period(run, view(run.problem, known.placement), known.schedule, ("plan for the makespan",))
+        with clock.watched(None):  # it is kept, also where Ctrl-C or the limit ends the solve just now
+            entry = enter_period(run, view(run.problem, known.placement), known.schedule, ("plan for the makespan",))
         entries += [] if entry is None else [entry]
     began = run.seconds
     for placement in _placements(run):
