@@ -31,7 +31,7 @@ from mipipe.planner.bounds.over_placements import Bound, facts_of
 from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.jobs.rank_clocks import on_rank_clocks
 from mipipe.planner.jobs.stages import view
-from mipipe.planner.ladder.admission import admit_placement, enter, has_plan, recomputing
+from mipipe.planner.ladder.admission import admit_placement, enter, recomputing, why_no_plan
 from mipipe.planner.ladder.large import check_s
 from mipipe.planner.ladder.period_entry import (
     PeriodEntry,
@@ -45,7 +45,6 @@ from mipipe.planner.ladder.repeating import RUNG as REPEATED
 from mipipe.planner.ladder.repeating import short_instance
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlacementName
-from mipipe.planner.placements.feasible import why_infeasible
 from mipipe.planner.placements.shapes import propose_shapes, resident_fits
 from mipipe.planner.plan import Placement, Plan
 from mipipe.planner.problem import PlanningProblem
@@ -98,9 +97,7 @@ def climb(run: Run, known: Plan | None = None) -> None:
     if not entries:
         entries = _with_room(run)
     if not entries:
-        raise InfeasibleError(why_infeasible(run.problem, run.options.placement,
-                                             lambda changed: has_plan(changed, run.options),
-                                             proven=nothing_fits(run)))
+        raise InfeasibleError(why_no_plan(run, proven=nothing_fits(run)))
     live = sorted(entries, key=lambda entry: entry.search.best.makespan_ns)[:KEPT]
     seconds, turn = SLICE_S, 0
     with ThreadPoolExecutor(max(2, run.options.threads)) as pool:
