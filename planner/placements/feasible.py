@@ -176,9 +176,9 @@ def _why_none_alone(problem: PlanningProblem, name: str, admits: Admits | None, 
     ranks: list[Shortage] | None = None
     with contextlib.suppress(OutOfTimeError):
         ranks = _least_lacking(problem, all_placements(problem, name))
-    first, last = (problem.groups[members[at]].name for at in (0, -1))
-    what, fits, split = ((f"group {first}", "fits", "split the group") if first == last else
-                         (f"groups {first} to {last}, which stay together,", "fit", "let them part"))
+    names = ", ".join(problem.groups[g].name for g in members[:4]) + ", ..." * (len(members) > 4)
+    what, fits, split = ((f"group {names}", "fits", "split the group") if len(members) == 1 else
+                         (f"groups {names}, which stay together,", "fit", "let them part"))
     return (f"{what} {fits} no device: rank {least.rank} ({problem.topology.devices[least.rank].name}), which lacks"
             f" least, {least}: {least.lacking_bytes} bytes lack;"
             f" {_remedy(problem, ranks or [least], admits, (split,))}")
