@@ -21,7 +21,7 @@ def place(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A workload of the placement benchmark (nodes with times"
                                                               " and sizes, edges with transfer costs), or as for"
                                                               " `mipipe plan` an operator graph, a coarse graph or a"
-                                                              " planning problem.")],
+                                                              " planning problem (JSON or CSV).")],
     contiguous: Annotated[bool, typer.Option("--contiguous", help="No path may leave a device and return.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The assignment to write (JSON: node id ->"
                                                                        " device).")] = None,
@@ -68,7 +68,7 @@ def _instance(file: Path, cluster: Path | None, costs: Path | None, groups: int 
     from mipipe.graphs.serialize import load_data
     from mipipe.planner.devices.instances.instance import read_instance
 
-    if str(load_data(file).get("format", "")).startswith("mipipe."):
+    if file.name.endswith(".csv") or str(load_data(file).get("format", "")).startswith("mipipe."):
         from mipipe.cli.requests.inputs import read_problem
         from mipipe.planner.devices.from_problem import instance_of
 

@@ -62,9 +62,10 @@ def plan(
                                                 " copies side by side on half of the ranks), ring, ring-v; for models"
                                                 " with encoders also apart (on ranks of their own) and colocated."
                                                 )] = "free",
-    objective: Annotated[str, typer.Option(help="makespan; memory (the least activations within 5 % of the best"
-                                                " makespan); utilisation (the busiest devices within 5 %: those that"
-                                                " hardly help are given back); or period (the time from step to step"
+    objective: Annotated[str, typer.Option(help="makespan; memory (the least activations within 5 % of the"
+                                                " makespan that a sixth of the time finds); utilisation (the busiest"
+                                                " devices within 5 % of what a quarter finds: those that hardly help"
+                                                " are given back); or period (the time from step to step"
                                                 " where no barrier parts them).")] = "makespan",
     exact: Annotated[bool, typer.Option("--exact", help="Placement and order at once by the literal MIP, one replica of"
                                                         " each group, to the proof: about 40 jobs (groups x phases x"

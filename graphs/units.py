@@ -56,7 +56,8 @@ def _parse(text: Written, units: Mapping[str, float], where: str, expected: str)
     """The integer meant.
 
     Raises:
-        InputError: no number, a negative or an endless one, no unit or an unknown one; the message says which.
+        InputError: no number, a negative or an endless one, one above 0 that rounds to it, no unit or an unknown one;
+            the message says which.
     """
     match = None if isinstance(text, bool) else re.fullmatch(
         r"\s*([-+]?[0-9]{1,30}(?:\.[0-9]{0,30})?(?:[eE][+-]?[0-9]{1,3})?)\s*([A-Za-zµμ/]*)\s*",
@@ -77,6 +78,8 @@ def _parse(text: Written, units: Mapping[str, float], where: str, expected: str)
                          f" {expected}")
     if exact and size == int(size):
         return int(value) * int(size)
+    if value and not round(meant):
+        raise InputError(f"{where}: found {shown(text)}, which is too small and would count as 0; expected {expected}")
     return round(meant)
 
 

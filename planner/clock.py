@@ -14,8 +14,9 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
@@ -68,18 +69,27 @@ def asking(items: Iterable[Item], every: int = STEPS) -> Iterator[Item]:
 @contextmanager
 def noting_ctrl_c(note: Callable[[], None]) -> Iterator[None]:
     """Call ``note`` at Ctrl-C beside raising it: a compiler's callback, or a solve inside, may swallow the exception,
-    not the note. Nothing changes off the main thread, or where something else has the signal already."""
+    not the note; where one is in another, both are called. Nothing changes off the main thread, or where something else
+    has the signal already."""
     usual = signal.getsignal(signal.SIGINT)
-    if usual is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+    free = usual is signal.default_int_handler or isinstance(usual, _Noted)
+    if not free or threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def noted(number: int, frame: FrameType | None) -> None:
-        note()
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, noted)
+    signal.signal(signal.SIGINT, _Noted(note, usual))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, usual)
+
+
+@dataclass(frozen=True, slots=True)
+class _Noted:
+    """A handler of SIGINT that calls ``note``, then what had the signal before, which raises in the end."""
+
+    note: Callable[[], None]
+    usual: Any
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.note()
+        self.usual(number, frame)

@@ -53,7 +53,8 @@ def _best_of_shapes(problem: PlanningProblem, options: PlanOptions,
     if best[0].plan is None:
         return dataclasses.replace(best[0], reason=refused or best[0].reason), best[1]
     left = options.time_limit_s - (time.monotonic() - began)
-    if left > 0.1 and best[0].termination is Termination.FEASIBLE:
+    stopped = any(result.termination is Termination.INTERRUPTED for result, _ in tried)
+    if left > 0.1 and best[0].termination is Termination.FEASIBLE and not stopped:
         chosen = dataclasses.replace(best[1], time_limit_s=left)
         best = min(best, (_checked(plan(problem, chosen, on_progress))[0], chosen), key=_rank)
     result = dataclasses.replace(best[0], seconds=time.monotonic() - began)

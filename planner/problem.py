@@ -178,6 +178,9 @@ class PlanningProblem:
                 raise ProblemError(f"problem {self.name}: two groups are named {shown(group.name)}; expected a name of"
                                    " its own for each, as times and sizes are given by name")
             seen.add(group.name)
+            if group.stream is Stream.CHANNEL:
+                raise ProblemError(f"problem {self.name}: group {shown(group.name)} is on the stream 'channel', which"
+                                   " transfers have alone; expected 'compute' or 'collective'")
         for edge in self.edges:
             ends = (edge.source, *edge.targets)
             if not all(0 <= end < len(self.groups) for end in ends):

@@ -32,7 +32,7 @@ from mipipe.planner.how import How
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.ladder import exactly, fitting, large, order_rungs, period, placement_rungs
 from mipipe.planner.ladder.activities import Indexing, Pacing, Polishing, Proving, Tightening
-from mipipe.planner.ladder.admission import admit_placement, enter, has_plan, recomputing, take
+from mipipe.planner.ladder.admission import admit_placement, enter, recomputing, take, why_no_plan
 from mipipe.planner.ladder.apart import Parting
 from mipipe.planner.ladder.harvest import ANNEALING
 from mipipe.planner.ladder.loop import Activity, loop
@@ -44,7 +44,7 @@ from mipipe.planner.ladder.repeating import Repeating
 from mipipe.planner.ladder.state import Incumbent, Progress, Run
 from mipipe.planner.milp.calls import Ledger, counting
 from mipipe.planner.options import PlanOptions
-from mipipe.planner.placements.feasible import why_infeasible
+from mipipe.planner.placements.feasible import fits_no_device
 from mipipe.planner.placements.shapes import propose_shapes
 from mipipe.planner.plan import Placement, Plan, Stage
 from mipipe.planner.problem import PlanningProblem
@@ -127,8 +127,10 @@ def _solve(problem: PlanningProblem, options: PlanOptions,
 
     try:
         with noting_ctrl_c(note), clock.watched(lambda: run.patience):
+            if fits_no_device(problem) is not None:
+                raise InfeasibleError(why_no_plan(run, proven=True))
             if options.exact:
-                exactly.climb(run, admit_placement)
+                _exactly(run)
             elif options.objective == "period":
                 period.climb(run, _for_makespan(run))
             else:
@@ -142,6 +144,14 @@ def _solve(problem: PlanningProblem, options: PlanOptions,
     with clock.watched(None):  # what was found is checked and told, whoever else watches the time
         result = _finish(run)
     return result if options.objective == "makespan" else _with_period(run, result)
+
+
+def _exactly(run: Run) -> None:
+    """The exact model's plan; where it proves that none fits, with what lacks."""
+    try:
+        exactly.climb(run, admit_placement)
+    except InfeasibleError as error:
+        raise InfeasibleError(f"{error}; {why_no_plan(run)}") from None
 
 
 def _for_makespan(run: Run) -> Plan | None:
@@ -167,8 +177,7 @@ def _ladder(run: Run) -> None:
         if not run.candidates:
             exactly.rescue(run)
     if not run.candidates:
-        raise InfeasibleError(why_infeasible(run.problem, run.options.placement,
-                                             lambda changed: has_plan(changed, run.options), proven=proven))
+        raise InfeasibleError(why_no_plan(run, proven=proven))
     if run.best is not None:
         run.ablation.append({"rung": run.best.rung, "placement": run.best.placement.name, "before": None,
                              "makespan": run.makespan_ns / run.problem.unit_ns, "variables": None, "constraints": None,

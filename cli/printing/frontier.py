@@ -21,9 +21,11 @@ def print_frontier(problem: PlanningProblem, options: PlanOptions, html_file: Pa
     from mipipe.cli.printing import html
     from mipipe.cli.printing.report import size_text
     from mipipe.cli.printing.tables import print_rows
+    from mipipe.planner.clock import noting_ctrl_c
     from mipipe.planner.pareto import pareto
 
-    with progress("planning the frontier") as update:
+    stopped: list[bool] = []
+    with progress("planning the frontier") as update, noting_ctrl_c(lambda: stopped.append(True)):
         points = pareto(problem, options, on_point=lambda point: update(f"{point.activation_bytes:,} bytes done"))
     unit = problem.unit_ns
     rows: list[dict[str, Any]] = [{
@@ -42,13 +44,15 @@ def print_frontier(problem: PlanningProblem, options: PlanOptions, html_file: Pa
                                                        for row, point in zip(unbroken, points, strict=True)])
         html.write(html_file, f"{problem.name}: memory against bubble", [], extra=picture + table)
     if json_output:
-        emit({"problem": problem.digest(), "unit_ns": unit, "points": rows})
+        emit({"problem": problem.digest(), "unit_ns": unit, "interrupted": bool(stopped), "points": rows})
     else:
         console = stdout()
         print_rows(console, told, title=f"{problem.name}: memory against bubble")
         for row in rows:
             if row["reason"]:
                 console.print(f"at {row['activation_bytes']:,} bytes: {row['reason']}", style="dim")
+        if stopped:
+            console.print("interrupted: smaller limits were not planned", style="dim")
 
 
 def frontier_cells(point: ParetoPoint, problem: PlanningProblem) -> dict[str, str]:

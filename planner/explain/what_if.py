@@ -13,6 +13,7 @@ from typing import Any
 
 from mipipe.graphs.topology import UNLIMITED_BYTES
 from mipipe.graphs.units import GIGABYTE
+from mipipe.planner.ladder.objectives import interrupted
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.problems.uniform import activation_unit_bytes
@@ -43,10 +44,13 @@ class WhatIf:
 
 def what_if(problem: PlanningProblem, options: PlanOptions, makespan_ns: int, solve: Callable[..., Any], *,
             seconds: float) -> list[WhatIf]:
-    """What more memory (if any is limited), a device and a microbatch would give, each solved for ``seconds``."""
+    """What more memory (if any is limited), a device and a microbatch would give, each solved for ``seconds``; those
+    from which Ctrl-C came on are left out."""
     share, found = replace(options, time_limit_s=seconds, exact=False), []
     for what, changed in variants(problem):
         result = solve(changed, share)
+        if interrupted(result):
+            break
         took = result.makespan_ns
         if took is not None and changed.num_microbatches == problem.num_microbatches:
             took = min(took, makespan_ns)

@@ -7,6 +7,8 @@ placements with the lowest ones.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from itertools import chain, count, islice, takewhile
 
 import numpy as np
@@ -21,7 +23,7 @@ from mipipe.planner.ladder.large import chain_actions
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlacementName, PlanOptions
 from mipipe.planner.placements.cuts import earliest_end
-from mipipe.planner.placements.feasible import shortage, with_recomputation
+from mipipe.planner.placements.feasible import shortage, why_infeasible, with_recomputation
 from mipipe.planner.placements.shapes import propose_shapes
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
@@ -113,6 +115,20 @@ def has_plan(problem: PlanningProblem, options: PlanOptions) -> bool:
         if found is not None and seed_search(run, found, compiled=False):
             return True
     return False
+
+
+def why_no_plan(run: Run, *, proven: bool = False) -> str:
+    """Why nothing fits, with sizes and changes with which a plan was found; ``proven``: no placement at all does."""
+    problem, options = run.problem, run.options
+    may = any(group.recompute_bytes is not None for group in problem.groups)
+    again: tuple[str, ...] = ()
+    with suppress(clock.OutOfTimeError):
+        if not options.recompute and may and has_plan(problem, replace(options, recompute=True)):
+            again = ("recompute",)
+        elif not options.recompute and not may and problem.graph_digest:  # whose groups offer it where it is asked for
+            again = ("try recomputation",)
+    return why_infeasible(problem, options.placement, lambda changed: has_plan(changed, options), proven=proven,
+                          also=again)
 
 
 def admit_placement(run: Run, placement: Placement) -> Candidate | None:

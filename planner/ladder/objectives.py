@@ -1,11 +1,11 @@
 """Objectives other than the makespan: each is several solves of the same ladder.
 
-- ``memory``: the least activation memory with which the makespan stays within ``1 + epsilon`` of the best: bisection on
-  the activation limit, each step a solve with a part of the time.
+- ``memory``: the least activation memory with which the makespan stays within ``1 + epsilon`` of the first solve's:
+  bisection on the activation limit. The first solve and each step have an equal part of the time.
 - ``utilisation``: the highest share of computing time of the devices in use, ``sum(busy) / (devices in use *
-  makespan)``, at a makespan within ``1 + epsilon`` of the best on all devices. With a given number of equal devices
-  that is the shortest makespan; but a device that shortens the step by less than its share is better used elsewhere,
-  so devices are given back, the slowest first, while the makespan stays within the limit.
+  makespan)``, at a makespan within ``1 + epsilon`` of the first solve's, on all devices. With a given number of equal
+  devices that is the shortest makespan; but a device that shortens the step by less than its share is better used
+  elsewhere, so devices are given back, the slowest first, while the makespan stays within the limit.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def limited(problem: PlanningProblem, activation_bytes: int) -> PlanningProblem:
 
 def least_memory(problem: PlanningProblem, options: PlanOptions, solve: Callable[..., Any],
                  on_progress: Callable[[Progress], None] | None = None) -> Any:
-    """The result with the smallest peak activation memory at a makespan within ``1 + epsilon`` of the best found."""
+    """The result with the smallest peak activation memory at a makespan within ``1 + epsilon`` of the first solve's."""
     solve_part = parts(STEPS + 1, options, solve, on_progress)
     best = solve_part(problem)
     if best.plan is None or best.makespan_ns is None or interrupted(best):
@@ -108,7 +108,7 @@ def least_memory(problem: PlanningProblem, options: PlanOptions, solve: Callable
 
 def best_utilisation(problem: PlanningProblem, options: PlanOptions, solve: Callable[..., Any],
                      on_progress: Callable[[Progress], None] | None = None) -> Any:
-    """The result with the highest utilisation at a makespan within ``1 + epsilon`` of the best found.
+    """The result with the highest utilisation at a makespan within ``1 + epsilon`` of the first solve's.
 
     Its plan is one of the whole problem: devices given back hold nothing. Provenance has ``devices_in_use`` and
     ``utilisation``.

@@ -25,12 +25,13 @@ from typing import ParamSpec, TypeVar
 import numpy as np
 
 from mipipe.graphs.errors import InfeasibleError
+from mipipe.planner import clock
 from mipipe.planner.bounds.loads import work_of
 from mipipe.planner.bounds.over_placements import Bound, facts_of
 from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.jobs.rank_clocks import on_rank_clocks
 from mipipe.planner.jobs.stages import view
-from mipipe.planner.ladder.admission import admit_placement, enter, has_plan, recomputing
+from mipipe.planner.ladder.admission import admit_placement, enter, recomputing, why_no_plan
 from mipipe.planner.ladder.large import check_s
 from mipipe.planner.ladder.period_entry import (
     PeriodEntry,
@@ -44,7 +45,6 @@ from mipipe.planner.ladder.repeating import RUNG as REPEATED
 from mipipe.planner.ladder.repeating import short_instance
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlacementName
-from mipipe.planner.placements.feasible import why_infeasible
 from mipipe.planner.placements.shapes import propose_shapes, resident_fits
 from mipipe.planner.plan import Placement, Plan
 from mipipe.planner.problem import PlanningProblem
@@ -80,7 +80,8 @@ def climb(run: Run, known: Plan | None = None) -> None:
     run.period_bound_ns = period_bound(run.problem).ns
     entries: list[PeriodEntry] = []
     if known is not None:
-        entry = enter_period(run, view(run.problem, known.placement), known.schedule, ("plan for the makespan",))
+        with clock.watched(None):  # it is kept, also where Ctrl-C or the limit ends the solve just now
+            entry = enter_period(run, view(run.problem, known.placement), known.schedule, ("plan for the makespan",))
         entries += [] if entry is None else [entry]
     began = run.seconds
     for placement in _placements(run):
@@ -96,9 +97,7 @@ def climb(run: Run, known: Plan | None = None) -> None:
     if not entries:
         entries = _with_room(run)
     if not entries:
-        raise InfeasibleError(why_infeasible(run.problem, run.options.placement,
-                                             lambda changed: has_plan(changed, run.options),
-                                             proven=nothing_fits(run)))
+        raise InfeasibleError(why_no_plan(run, proven=nothing_fits(run)))
     live = sorted(entries, key=lambda entry: entry.search.best.makespan_ns)[:KEPT]
     seconds, turn = SLICE_S, 0
     with ThreadPoolExecutor(max(2, run.options.threads)) as pool:

@@ -10,22 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mipipe.graphs.units import exact_bytes, format_bytes
+from mipipe.graphs.units import MOST, exact_bytes, format_bytes
 from mipipe.planner import clock
 from mipipe.planner.clock import OutOfTimeError
 from mipipe.planner.device_memory import memory_for
 from mipipe.planner.jobs.arrays import Instance, build
-from mipipe.planner.jobs.memory import resident_room
 from mipipe.planner.jobs.stages import view
-from mipipe.planner.placements.cuts import units
+from mipipe.planner.placements.cuts import colocated, units
 from mipipe.planner.placements.shapes import all_placements, keeps_single, resident_bytes, shapes
 from mipipe.planner.plan import Placement
-from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.problem import Group, PlanningProblem
 
 WEIGHTS = "weights and optimizer state"
 ACTIVATIONS = "the activations of one microbatch"
@@ -42,45 +41,86 @@ Admits = Callable[[PlanningProblem], bool]
 
 @dataclass(frozen=True, slots=True)
 class Shortage:
-    """Rank ``rank`` has ``room_bytes`` for ``what`` and needs ``need_bytes``, and ``beside_bytes`` in the same
-    memory."""
+    """What rank ``rank`` needs at a placement for what stays and for one microbatch beside it, and what it may hold of
+    each by the problem's limits, and together by its memory."""
 
     rank: int
-    what: str
-    need_bytes: int
-    room_bytes: int
     placement: str
-    beside_bytes: int = 0
+    resident_bytes: int
+    activation_bytes: int
+    resident_limit: int
+    activation_limit: int
+    memory_bytes: int
 
     @property
     def lacking_bytes(self) -> int:
-        return self.need_bytes + self.beside_bytes - self.room_bytes
+        """Bytes of which the rank would have to be relieved; 0 where it fits."""
+        over = (max(0, self.resident_bytes - self.resident_limit)
+                + max(0, self.activation_bytes - self.activation_limit))
+        return max(over, self.resident_bytes + self.activation_bytes - self.memory_bytes, 0)
+
+    def __str__(self) -> str:
+        found = [f"has {format_bytes(room)} for {what} and needs {format_bytes(need)}" for what, need, room in (
+            (WEIGHTS, self.resident_bytes, self.resident_limit),
+            (ACTIVATIONS, self.activation_bytes, self.activation_limit)) if need > room]
+        if found:
+            return ", and ".join(found)
+        if self.resident_bytes > self.memory_bytes:
+            beside = f", and {format_bytes(self.activation_bytes)} beside them for activations"
+            return (f"has {format_bytes(self.memory_bytes)} for {WEIGHTS} and needs {format_bytes(self.resident_bytes)}"
+                    f"{beside if self.activation_bytes else ''}")
+        return (f"has {format_bytes(self.memory_bytes - self.resident_bytes)} for {ACTIVATIONS} and needs"
+                f" {format_bytes(self.activation_bytes)}")
 
 
 def shortage(problem: PlanningProblem, placement: Placement) -> Shortage | None:
     """The rank that lacks most at a placement; None where one microbatch at a time fits."""
-    worst = max(_of_ranks(problem, placement), key=lambda item: item.lacking_bytes)
-    return worst if worst.lacking_bytes > 0 else None
+    worst = _worst(_of_ranks(problem, placement))
+    return worst if worst.lacking_bytes else None
 
 
 def lacking_bytes(problem: PlanningProblem, placement: Placement) -> list[int]:
     """What every rank lacks at a placement: 0 where one microbatch at a time fits it."""
-    return [max(0, item.lacking_bytes) for item in _of_ranks(problem, placement)]
+    return [item.lacking_bytes for item in _of_ranks(problem, placement)]
 
 
 def _of_ranks(problem: PlanningProblem, placement: Placement) -> list[Shortage]:
-    """What every rank needs and has, by what binds it: weights and state, else one microbatch's activations."""
-    held = resident_bytes(problem, placement)
-    instance = build(view(problem, placement))
-    found = []
-    for rank, need in enumerate(single_microbatch_bytes(instance).tolist()):
-        memory, room = problem.topology.devices[rank].memory_bytes, resident_room(problem, rank)
-        if held[rank] > room:
-            beside = need if room == memory else 0  # a limit on weights alone has no room for anything else
-            found.append(Shortage(rank, WEIGHTS, held[rank], room, placement.name, beside))
-        else:
-            found.append(Shortage(rank, ACTIVATIONS, need, int(instance.cap[rank]), placement.name))
-    return found
+    """What every rank needs and has."""
+    needs = single_microbatch_bytes(build(view(problem, placement))).tolist()
+    return [_of_rank(problem, rank, placement.name, *need)
+            for rank, need in enumerate(zip(resident_bytes(problem, placement), needs, strict=True))]
+
+
+def _of_rank(problem: PlanningProblem, rank: int, name: str, resident: int, activations: int) -> Shortage:
+    limits = problem.limits
+    return Shortage(rank, name, resident, activations,
+                    MOST if limits.resident_bytes is None else limits.resident_bytes,
+                    MOST if limits.activation_bytes is None else limits.activation_bytes,
+                    problem.topology.devices[rank].memory_bytes)
+
+
+def fits_no_device(problem: PlanningProblem) -> tuple[Shortage, list[int]] | None:
+    """Groups that stay together and fit no device even alone, with the device that lacks least for them; None if there
+    are none.
+
+    Alone: their resident bytes, and what the largest microbatch of one of them saves while its forward runs; every
+    order of every placement holds as much on some device.
+    """
+    for members in colocated(problem):
+        resident = sum(problem.groups[g].resident_bytes for g in members)
+        activations = max(_of_a_forward(problem.groups[g]) for g in members)
+        least = min((_of_rank(problem, rank, "", resident, activations) for rank in range(problem.num_ranks)),
+                    key=lambda item: item.lacking_bytes)
+        if least.lacking_bytes:
+            return least, members
+    return None
+
+
+def _of_a_forward(group: Group) -> int:
+    """Bytes held while a group's largest microbatch runs forward."""
+    saved = (group.saved_fi_bytes, group.saved_fw_bytes)
+    largest = [round(size * max(group.loads)) for size in saved] if group.loads else saved
+    return sum(largest) + group.forward_workspace
 
 
 def single_microbatch_bytes(instance: Instance) -> np.ndarray:
@@ -98,68 +138,142 @@ def single_microbatch_bytes(instance: Instance) -> np.ndarray:
     return (total + extra).max(axis=1)
 
 
-def why_infeasible(problem: PlanningProblem, name: str, admits: Admits | None = None, *, proven: bool = False) -> str:
+def why_infeasible(problem: PlanningProblem, name: str, admits: Admits | None = None, *, proven: bool = False,
+                   also: Sequence[str] = ()) -> str:
     """One line: the device, the bytes lacking, and what would do, at the allowed placement that lacks least.
 
     ``admits``: plans a changed problem, so that a size can be promised; without it none is. ``proven``: no placement
-    at all fits, of whatever shape; else the line speaks of those that were tried.
+    at all fits, of whatever shape; else the line speaks of those that were tried. ``also``: what else would do.
     """
-    found: list[Shortage] = []
+    alone = fits_no_device(problem)
+    if alone is not None:
+        return _why_none_alone(problem, name, admits, *alone)
     offered = list(all_placements(problem, name))
     allowed = [placement for placement in offered if keeps_single(problem, placement)]
     if offered and not allowed:
         return (f"placement {name!r} puts groups on several ranks that may have one replica only (their F changes"
                 " buffers, such as batch statistics, or they are of expert-parallel layers); choose another placement")
-    for placement in allowed:
-        clock.ask()
-        lack = shortage(problem, placement)
-        if lack is None:
-            fullest = Shortage(0, ACTIVATIONS, 0, 0, placement.name)
-            return (f"at placement {placement.name} the saved tensors of one microbatch fit, but no order that was"
-                    " tried leaves room for the values in flight and workspaces beside them;"
-                    f" {_remedy(problem, fullest, admits)}")
-        found.append(lack)
-    if not found:
+    ranks = _least_lacking(problem, allowed)
+    if ranks is None:
         return _why_none(problem, name)
-    least = min(found, key=lambda item: item.lacking_bytes)
-    device = problem.topology.devices[least.rank].name
-    beside = f", and {format_bytes(least.beside_bytes)} beside them for activations" if least.beside_bytes else ""
+    least, more = _worst(ranks), ("use more devices", *also)
+    if not least.lacking_bytes:
+        return (f"at placement {least.placement} the saved tensors of one microbatch fit, but no order that was"
+                " tried leaves room for the values in flight and workspaces beside them;"
+                f" {_remedy(problem, ranks, admits, more)}")
+    if all(item.activation_bytes <= item.activation_limit for item in ranks) and not _over_memory(ranks):
+        more = more[:1]  # running forwards again saves no weights
     at = (f"even at placement {least.placement}, which lacks least" if proven else
           f"at placement {least.placement}, which lacks least of those tried")
-    return (f"rank {least.rank} ({device}) has {format_bytes(least.room_bytes)} for {least.what} and needs"
-            f" {format_bytes(least.need_bytes)}{beside}: {least.lacking_bytes} bytes lack {at};"
-            f" {_remedy(problem, least, admits)}")
+    return (f"rank {least.rank} ({problem.topology.devices[least.rank].name}) {least}: {least.lacking_bytes} bytes lack"
+            f" {at}; {_remedy(problem, ranks, admits, more)}")
 
 
-def _remedy(problem: PlanningProblem, least: Shortage, admits: Admits | None) -> str:
-    """The smallest change found of what binds, and what else helps."""
-    limits, devices = problem.limits, problem.topology.devices
-    for label, limit, what in (("resident", limits.resident_bytes, WEIGHTS),
-                               ("activation", limits.activation_bytes, ACTIVATIONS)):
-        if what == least.what and limit is not None and (limit <= least.room_bytes or not least.need_bytes):
-            first = max(least.need_bytes, limit)
-            size = enough(first, lambda size, key=f"{label}_bytes": problem.replace(  # type: ignore[misc]
-                limits=replace(limits, **{key: size})), admits)
-            if size is not None:
-                return f"raise the {label} limit to {exact_bytes(size)}, use more devices, or recompute"
-            if not least.need_bytes:  # nothing says how much, or that it takes more
-                return f"raise the {label} limit, use more devices, or recompute"
-            return f"raise the {label} limit, at least to {first}B, use more devices, or recompute"
-    memory = devices[least.rank].memory_bytes
-    equal = len({device.memory_bytes for device in devices}) == 1
+def _why_none_alone(problem: PlanningProblem, name: str, admits: Admits | None, least: Shortage,
+                    members: Sequence[int]) -> str:
+    """One line on groups that fit no device even alone (`fits_no_device`); what would do is for all groups, where there
+    is time to look at placements."""
+    ranks: list[Shortage] | None = None
+    with contextlib.suppress(OutOfTimeError):
+        ranks = _least_lacking(problem, all_placements(problem, name))
+    names = ", ".join(problem.groups[g].name for g in members[:4]) + ", ..." * (len(members) > 4)
+    what, fits, split = ((f"group {names}", "fits", "split the group") if len(members) == 1 else
+                         (f"groups {names}, which stay together,", "fit", "let them part"))
+    return (f"{what} {fits} no device: rank {least.rank} ({problem.topology.devices[least.rank].name}), which lacks"
+            f" least, {least}: {least.lacking_bytes} bytes lack;"
+            f" {_remedy(problem, ranks or [least], admits, (split,))}")
 
-    def with_memory(size: int) -> PlanningProblem:
-        larger = tuple(replace(device, memory_bytes=max(device.memory_bytes, size)) for device in devices)
-        return problem.replace(topology=replace(problem.topology, devices=larger))
 
-    size = enough(memory + least.lacking_bytes, with_memory, admits)
-    where = "a device memory of" if equal else "on devices that have less, a memory of"
-    if size is not None:
-        return f"{where} {exact_bytes(memory_for(devices[least.rank], size))} would do, or more devices"
-    if not least.need_bytes:
-        return "more memory or more devices may do"
-    needed = memory_for(devices[least.rank], memory + least.lacking_bytes)
-    return f"{where} at least {needed}B is needed, or more devices"
+def _least_lacking(problem: PlanningProblem, placements: Iterable[Placement]) -> list[Shortage] | None:
+    """The ranks of the placement whose worst lacks least, the first that lacks nothing; None without placements."""
+    found: list[Shortage] | None = None
+    for placement in placements:
+        clock.ask()
+        ranks = _of_ranks(problem, placement)
+        if found is None or _worst(ranks).lacking_bytes < _worst(found).lacking_bytes:
+            found = ranks
+        if not _worst(found).lacking_bytes:
+            break
+    return found
+
+
+def _worst(ranks: Sequence[Shortage]) -> Shortage:
+    return max(ranks, key=lambda item: item.lacking_bytes)
+
+
+def _over_memory(ranks: Sequence[Shortage]) -> list[int]:
+    """What ranks need that is more than their memory."""
+    return [held for item in ranks if (held := item.resident_bytes + item.activation_bytes) > item.memory_bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class _Raised:
+    """A limit or the memory of a problem, the least size of it that a placement needs, and how it is changed."""
+
+    what: str
+    least: int
+    change: Callable[[PlanningProblem, int], PlanningProblem]
+    memory: bool = False
+
+
+def _remedy(problem: PlanningProblem, ranks: Sequence[Shortage], admits: Admits | None, more: Sequence[str]) -> str:
+    """The smallest change found of all that lacks on any rank, and what else may help."""
+    raised = _lacking(problem, ranks) or _all_that_limits(problem, ranks)
+    first = max(raised[0].least, 1)
+
+    def changed(size: int) -> PlanningProblem:
+        made = problem
+        for one in raised:
+            made = one.change(made, -(-one.least * size // first))
+        return made
+
+    size = enough(first, changed, admits)
+    worst, told = _worst(ranks), []
+    for one in raised:
+        least = one.least if size is None else -(-one.least * size // first)
+        given = memory_for(problem.topology.devices[worst.rank], least) if one.memory else least
+        told.append(exact_bytes(given) if size is not None else f"at least {given}B")
+    if [one.memory for one in raised] == [True]:
+        equal = len({device.memory_bytes for device in problem.topology.devices}) == 1
+        what = "a device memory" if equal else "on devices that have less, a memory"
+        text = (f"{what} of {told[0]} would do" if size is not None else
+                f"{what} of {told[0]} is needed" if worst.lacking_bytes else "more memory may do")
+        return "; or ".join((text, *more))
+    texts = [f"{one.what} to {given}" if size is not None or worst.lacking_bytes else one.what
+             for one, given in zip(raised, told, strict=True)]
+    return ", or ".join((f"raise {' and '.join(texts)}", *more))
+
+
+def _lacking(problem: PlanningProblem, ranks: Sequence[Shortage]) -> list[_Raised]:
+    """What has to be raised for the ranks to fit."""
+    residents = [item.resident_bytes for item in ranks if item.resident_bytes > item.resident_limit]
+    activations = [item.activation_bytes for item in ranks if item.activation_bytes > item.activation_limit]
+    together = _over_memory(ranks)
+    return [_limit(label, max(needs)) for label, needs in (("resident", residents), ("activation", activations))
+            if needs] + ([_memory(problem, max(together))] if together else [])
+
+
+def _all_that_limits(problem: PlanningProblem, ranks: Sequence[Shortage]) -> list[_Raised]:
+    """What values in flight and workspaces may lack: the limit on activations where there is one, else the memory."""
+    limit = problem.limits.activation_bytes
+    if limit is not None and any(item.memory_bytes - item.resident_bytes >= limit for item in ranks):
+        return [_limit("activation", limit)]
+    return [_memory(problem, min(item.memory_bytes for item in ranks))]
+
+
+def _limit(label: str, least: int) -> _Raised:
+    return _Raised(f"the {label} limit", least, lambda problem, size: problem.replace(
+        limits=replace(problem.limits, **{f"{label}_bytes": size})))
+
+
+def _memory(problem: PlanningProblem, least: int) -> _Raised:
+    def change(given: PlanningProblem, size: int) -> PlanningProblem:
+        larger = tuple(replace(device, memory_bytes=max(device.memory_bytes, size))
+                       for device in given.topology.devices)
+        return given.replace(topology=replace(given.topology, devices=larger))
+
+    equal = len({device.memory_bytes for device in problem.topology.devices}) == 1
+    return _Raised("the device memory" if equal else "the memory of devices that have less", least, change, True)
 
 
 def enough(first: int, changed: Callable[[int], PlanningProblem], admits: Admits | None) -> int | None:

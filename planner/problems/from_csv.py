@@ -66,6 +66,11 @@ def read_csv_problem(path: Path) -> PlanningProblem:
             raise InputError(f"{path}, line {number}: has {len(found)} cells, expected {len(header)}")
         cells.append((f"{path}, line {number}", dict(zip(header, found, strict=True))))
     groups = tuple(_group(where, row) for where, row in cells)
+    named: set[str] = set()
+    for (where, _), group in zip(cells, groups, strict=True):
+        if group.name in named:
+            raise InputError(f"{where}: two groups are named {shown(group.name)}; expected a name of its own for each")
+        named.add(group.name)
     return PlanningProblem(path.stem, groups, tuple(_edges(cells, groups)), _topology(path, settings),
                            _count(path, settings, "microbatches"))
 

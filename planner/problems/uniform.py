@@ -33,6 +33,9 @@ _KIND = "device"
 _BYTES = 1000
 """Bytes of ``1 / ranks`` of a layer: fine enough that caps such as 8.5 or 0.75 * 33 activations are whole bytes."""
 
+FINEST = 10**6
+"""Numbers are multiples of a fraction no smaller than 1 of so many; what is above 0 and rounds to it is refused."""
+
 MOST_CELLS = 16 * MOST_COUNT
 """Ranks x microbatches: 16 ranks with the most microbatches, for which the published schedules alone take minutes."""
 
@@ -52,7 +55,7 @@ def uniform_problem(*, ranks: int, microbatches: int, f: Number, i: Number, w: N
         activations: cap on a rank's activations, in units; by default ranks + 1.
 
     Raises:
-        ProblemError: a size below 1, or a negative number.
+        ProblemError: a size below 1, a negative number, or one above 0 that rounds to it (`FINEST`).
     """
     layers = 2 * ranks if layers is None else layers
     _check_sizes(ranks, microbatches, layers)
@@ -156,13 +159,17 @@ def in_units(problem: PlanningProblem, time_ns: int | Fraction) -> float:
 
 
 def _exact(value: Number, label: str) -> Fraction:
-    """The number people meant: the nearest fraction with a denominator up to 10**6, so 1.1 is 11/10, not its float."""
+    """The number meant: the nearest fraction with a denominator up to `FINEST`, so 1.1 is 11/10, not its float."""
     try:
-        exact = Fraction(value).limit_denominator(10**6)
-    except (ValueError, OverflowError):
+        meant = Fraction(value)
+    except (ValueError, OverflowError, ZeroDivisionError):
         raise ProblemError(f"{label}: found {value!r}, expected a number") from None
-    if exact < 0:
+    if meant < 0:
         raise ProblemError(f"{label}: found {value}, expected no number below 0")
+    exact = meant.limit_denominator(FINEST)
+    if meant and not exact:
+        raise ProblemError(f"{label}: found {value}, expected 0 or at least 1/{FINEST:,}; give all numbers in a"
+                           " smaller unit")
     return exact
 
 

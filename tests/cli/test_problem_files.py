@@ -60,6 +60,11 @@ def test_verbs_read_it(mipipe, file, tmp_path):
     made = load(tmp_path / "plan.json", Plan)
     check_plan(made)
     assert made.problem == open_any(file, PlanningProblem)
+    placed = [mipipe("place", tmp_path / name, "--time-limit", 2, "--json").data for name in ("own.csv", "own.json")]
+    assert placed[0]["objective"] == placed[1]["objective"] > 0 and set(placed[0]["assignment"]) == {
+        "embed", "layer 0", "layer 1", "head"}
+    compared = mipipe("compare", "--problem", file, "--schedules", "1F1B", "--json")
+    assert compared.data["problem"]["digest"] == made.problem.digest()
 
 
 def test_a_value_may_have_several_readers_and_no_gradient(tmp_path):
@@ -79,7 +84,11 @@ def test_a_value_may_have_several_readers_and_no_gradient(tmp_path):
     ("embed,1ms", "embed,", "own.csv, line 7: has no f"), ("embed,1ms", ",1ms", "own.csv, line 7: has no name"),
     ("embed,1ms", "embed,1", "own.csv, line 7, f: found"), ("16MB,embed", "16MB,head", "own.csv, line 8, reads: found"),
     ("500MB,40MB", "-5MB,40MB", "line 8, gradient: found"), ("16MB,embed", "16MB", "line 8: has 11 cells, expected 12"),
-    ("layer 1,2ms", "layer 0,2ms", "two groups are named 'layer 0'"),
+    ("layer 1,2ms", "layer 0,2ms", "own.csv, line 9: two groups are named 'layer 0'"),
+    ("layer 0,2ms", "embed,2ms", "own.csv, line 8: two groups are named 'embed'"),  # which it reads itself
+    ("embed,1ms", "embed,1e-9ms", "own.csv, line 7, f: found '1e-9ms', which is too small"),
+    ("# latency: 5us", "# latency: 0.1ns", "latency: found '0.1ns', which is too small"),
+    ("40MB,20MB", "0.4B,20MB", "saved_fi: found '0.4B', which is too small"),
     ("output,reads", "output,\"reads", "own.csv, line 6: unexpected end of data")])
 def test_what_is_wrong_is_one_line(mipipe, file, old, new, message):
     assert old in DOCUMENTED
@@ -88,6 +97,15 @@ def test_what_is_wrong_is_one_line(mipipe, file, old, new, message):
         open_any(file, PlanningProblem)
     for verb in ("show", "plan"):
         assert message in mipipe(verb, file).error
+
+
+def test_the_stream_of_transfers_is_none_of_a_groups(mipipe, folder, tmp_path):
+    text = (folder / "problem.json").read_text()
+    assert '"compute"' in text
+    (tmp_path / "p.json").write_text(text.replace('"compute"', '"channel"', 1))
+    for verb in ("show", "plan", "place"):
+        ended = mipipe(verb, tmp_path / "p.json")
+        assert ended.code == 1 and "is on the stream 'channel'" in ended.error and "'compute' or" in ended.error
 
 
 def test_a_problem_is_shown_alone(mipipe, folder):

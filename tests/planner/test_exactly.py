@@ -61,10 +61,11 @@ def test_it_proves_what_no_bound_without_a_solver_does() -> None:
 
 
 def test_what_fits_nowhere_is_proven_infeasible() -> None:
-    problem = uniform_problem(ranks=2, microbatches=2, f=2, i=2, w=1, layers=2)
-    starved = problem.replace(limits=Limits(activation_bytes=1))
+    problem = uniform_problem(ranks=2, microbatches=2, f=2, i=2, w=1, layers=4)
+    starved = problem.replace(limits=Limits(activation_bytes=2000))  # one layer's, alone
     result = _exactly(starved, 5)
     assert result.termination is Termination.INFEASIBLE and "one replica of each group" in result.reason
+    assert "2000 bytes lack" in result.reason and "raise the activation limit to" in result.reason
 
 
 def _in_flight(cap: int) -> PlanningProblem:

@@ -61,7 +61,7 @@ def test_a_solve_looks_for_it_unless_nothing_fits_at_all(monkeypatch: pytest.Mon
     monkeypatch.setattr(exactly, "rescue", lambda run: None)
     monkeypatch.setattr(placement_rungs, "by_mip", lambda run, admit: None)
     tight = replace(TOGETHER, name="nowhere", topology=Topology.uniform(3, latency_ns=1, kind="a", memory_bytes=30))
-    for problem, said in ((TOGETHER, "of those tried"), (tight, "even at placement")):
+    for problem, said in ((TOGETHER, "of those tried"), (tight, "groups g0, g2, which stay together, fit no device")):
         found = plan(problem, PlanOptions(time_limit_s=20, threads=1, recompute=True))
         assert found.plan is None and said in found.reason
     assert asked == [TOGETHER.name]

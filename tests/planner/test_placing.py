@@ -87,8 +87,7 @@ def test_what_no_argument_shows_is_not_claimed(limit: int | None) -> None:
     problem = _two_kinds().replace(limits=Limits(activation_bytes=limit))
     reason = why_infeasible(problem, "chain")
     assert reason.startswith("at placement chain") and "needed" not in reason
-    assert reason.endswith("more memory or more devices may do" if limit is None else
-                           "raise the activation limit, use more devices, or recompute")
+    assert reason.endswith("more memory may do; or use more devices")  # no device has room for what the limit allows
 
 
 def test_the_workspaces_of_two_streams_at_once_are_counted() -> None:

@@ -13,7 +13,7 @@ import pytest
 from mipipe.graphs.units import parse_bytes
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.placements.feasible import enough
-from mipipe.planner.problem import PlanningProblem
+from mipipe.planner.problem import Limits, PlanningProblem
 from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.solve import Termination, plan
 
@@ -81,3 +81,34 @@ def test_memory_does_not_bind_where_the_plan_meets_a_bound_without_it() -> None:
     alone = plan(shorter, PlanOptions(time_limit_s=2))
     assert alone.termination is Termination.OPTIMAL
     assert any(line.startswith("memory: rank 0 uses 100%") and "does not bind" in line for line in alone.explanation)
+
+
+def limited(resident: int, activations: int) -> PlanningProblem:
+    problem = uniform_problem(ranks=2, microbatches=3, f=3, i=2, w=1, comm=1, layers=3, first="0.3")
+    return problem.replace(limits=Limits(resident, activations))
+
+
+@pytest.mark.parametrize(("resident", "activations"), [(4500, 1333), (4500, 2667), (3000, 2000), (1000, 1000),
+                                                       (1000, 9000)])
+def test_limits_that_are_told_do(resident: int, activations: int) -> None:
+    """All that has to be raised is named; recomputation is no advice where no group offers it."""
+    reason = plan(limited(resident, activations), PlanOptions(time_limit_s=10, gap=10.0)).reason
+    told = {label: parse_bytes(size) for label, size in re.findall(r"the (\w+) limit to (\w+)", reason)}
+    assert told and "recompute" not in reason, reason
+    enough_ = limited(told.get("resident", resident), told.get("activation", activations))
+    assert plan(enough_, PlanOptions(time_limit_s=10, use_milp=False, gap=10.0)).plan is not None, reason
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(("resident", "activations"), [(1000, 9000), (9000, 0)])
+def test_what_fits_no_device_alone_needs_no_time(resident: int, activations: int, exact: bool) -> None:
+    result = plan(limited(resident, activations), PlanOptions(time_limit_s=0.01, exact=exact))
+    assert result.termination is Termination.INFEASIBLE
+    assert "group layer0 fits no device: rank 0 (device0)" in result.reason and "limit to" in result.reason
+
+
+def test_the_exact_model_says_what_lacks() -> None:
+    """Every layer fits alone, all of them do not."""
+    result = plan(limited(4500, 2667), PlanOptions(time_limit_s=10, exact=True))
+    assert result.termination is Termination.INFEASIBLE
+    assert "1333 bytes lack" in result.reason and "raise the activation limit to 4kB" in result.reason

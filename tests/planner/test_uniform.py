@@ -81,8 +81,18 @@ def test_two_streams():
 
 
 @pytest.mark.parametrize("wrong", [{"ranks": 0}, {"microbatches": 0}, {"layers": 0}, {"f": -1}, {"comm": -0.1},
-                                   {"w": "soon"}, {"i": float("inf")}])
+                                   {"w": "soon"}, {"i": float("inf")}, {"w": "1/0"}, {"f": 1e-7}, {"i": "1e-7"},
+                                   {"comm": 4e-7}, {"first": 1e-9}, {"last": 1e-7}, {"fb": 1e-7}, {"copies": 1e-7},
+                                   {"activations": 1e-7}])
 def test_bad_numbers(wrong):
     arguments = {"ranks": 2, "microbatches": 2, "f": 1, "i": 1, "w": 1} | wrong
-    with pytest.raises(ProblemError, match=next(iter(wrong))):
+    with pytest.raises(ProblemError, match=f"^{next(iter(wrong))}: found|ranks|layers|microbatches"):
         uniform_problem(**arguments)
+
+
+def test_what_is_above_zero_stays_so():
+    problem = uniform_problem(ranks=2, microbatches=2, f=1e-6, i=1e-6, w=0, comm=1e-6, layers=6)
+    assert all(group.times["device"].f_ns > 0 == group.times["device"].w_ns for group in problem.groups)
+    assert problem.topology.within_host.latency_ns > 0
+    with pytest.raises(ProblemError, match="attention"):
+        two_stream_problem(ranks=2, microbatches=2, attention=(1, 1e-7, 1))
