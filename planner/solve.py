@@ -44,8 +44,8 @@ from mipipe.planner.ladder.repeating import Repeating
 from mipipe.planner.ladder.state import Incumbent, Progress, Run
 from mipipe.planner.milp.calls import Ledger, counting
 from mipipe.planner.options import PlanOptions
-from mipipe.planner.placements.feasible import fits_no_device
 from mipipe.planner.placements.shapes import propose_shapes
+from mipipe.planner.placements.shortages import fits_no_device
 from mipipe.planner.plan import Placement, Plan, Stage
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.sizes import NEVER_NS, VERY_MANY

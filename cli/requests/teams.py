@@ -32,7 +32,8 @@ from mipipe.planner.teams.options import TeamOptions
 from mipipe.planner.teams.outside import otherwise, outside, undivided
 from mipipe.planner.teams.prices.degrees import RECOMPUTE, Degrees, completed, parse_degrees
 from mipipe.planner.teams.prices.machine import Machine, check_machine
-from mipipe.planner.teams.prices.pieces import ModelPieces, indivisible_of, model_pieces
+from mipipe.planner.teams.prices.misfit import indivisible_of
+from mipipe.planner.teams.prices.pieces import ModelPieces, model_pieces
 from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.planner.teams.prices.profiled import profiled_layers
 from mipipe.planner.teams.refusal import refusal

@@ -23,8 +23,9 @@ from mipipe.planner.ladder.large import chain_actions
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlacementName, PlanOptions
 from mipipe.planner.placements.cuts import earliest_end
-from mipipe.planner.placements.feasible import shortage, why_infeasible, with_recomputation
+from mipipe.planner.placements.feasible import why_infeasible, with_recomputation
 from mipipe.planner.placements.shapes import propose_shapes
+from mipipe.planner.placements.shortages import shortage
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.search import annealing, best_list, follow, lists, streams

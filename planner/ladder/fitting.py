@@ -15,9 +15,9 @@ from mipipe.planner.ladder.admission import seed_search
 from mipipe.planner.ladder.candidate import Candidate, candidate
 from mipipe.planner.ladder.proposals import finest
 from mipipe.planner.ladder.state import Run
-from mipipe.planner.placements.feasible import lacking_bytes
 from mipipe.planner.placements.moves import drawn, elsewhere, toggled, unit_hosts
 from mipipe.planner.placements.shapes import keeps_single, propose_shapes
+from mipipe.planner.placements.shortages import lacking_bytes
 from mipipe.planner.plan import Placement
 from mipipe.planner.sizes import NEVER_NS
 from mipipe.planner.time_shares import SHARES

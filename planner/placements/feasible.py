@@ -13,21 +13,15 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from mipipe.graphs.units import MOST, exact_bytes, format_bytes
+from mipipe.graphs.units import exact_bytes
 from mipipe.planner import clock
 from mipipe.planner.clock import OutOfTimeError
 from mipipe.planner.device_memory import memory_for
-from mipipe.planner.jobs.arrays import Instance, build
-from mipipe.planner.jobs.stages import view
-from mipipe.planner.placements.cuts import colocated, units
-from mipipe.planner.placements.shapes import all_placements, keeps_single, resident_bytes, shapes
+from mipipe.planner.placements.cuts import units
+from mipipe.planner.placements.shapes import all_placements, keeps_single, shapes
+from mipipe.planner.placements.shortages import Shortage, fits_no_device, of_ranks, worst
 from mipipe.planner.plan import Placement
-from mipipe.planner.problem import Group, PlanningProblem
-
-WEIGHTS = "weights and optimizer state"
-ACTIVATIONS = "the activations of one microbatch"
+from mipipe.planner.problem import PlanningProblem
 
 SECONDS = 12.0
 """Most seconds in which `enough` looks for a size that does."""
@@ -37,105 +31,6 @@ STEPS = 9
 
 Admits = Callable[[PlanningProblem], bool]
 """Whether a plan is found for a problem."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shortage:
-    """What rank ``rank`` needs at a placement for what stays and for one microbatch beside it, and what it may hold of
-    each by the problem's limits, and together by its memory."""
-
-    rank: int
-    placement: str
-    resident_bytes: int
-    activation_bytes: int
-    resident_limit: int
-    activation_limit: int
-    memory_bytes: int
-
-    @property
-    def lacking_bytes(self) -> int:
-        """Bytes of which the rank would have to be relieved; 0 where it fits."""
-        over = (max(0, self.resident_bytes - self.resident_limit)
-                + max(0, self.activation_bytes - self.activation_limit))
-        return max(over, self.resident_bytes + self.activation_bytes - self.memory_bytes, 0)
-
-    def __str__(self) -> str:
-        found = [f"has {format_bytes(room)} for {what} and needs {format_bytes(need)}" for what, need, room in (
-            (WEIGHTS, self.resident_bytes, self.resident_limit),
-            (ACTIVATIONS, self.activation_bytes, self.activation_limit)) if need > room]
-        if found:
-            return ", and ".join(found)
-        if self.resident_bytes > self.memory_bytes:
-            beside = f", and {format_bytes(self.activation_bytes)} beside them for activations"
-            return (f"has {format_bytes(self.memory_bytes)} for {WEIGHTS} and needs {format_bytes(self.resident_bytes)}"
-                    f"{beside if self.activation_bytes else ''}")
-        return (f"has {format_bytes(self.memory_bytes - self.resident_bytes)} for {ACTIVATIONS} and needs"
-                f" {format_bytes(self.activation_bytes)}")
-
-
-def shortage(problem: PlanningProblem, placement: Placement) -> Shortage | None:
-    """The rank that lacks most at a placement; None where one microbatch at a time fits."""
-    worst = _worst(_of_ranks(problem, placement))
-    return worst if worst.lacking_bytes else None
-
-
-def lacking_bytes(problem: PlanningProblem, placement: Placement) -> list[int]:
-    """What every rank lacks at a placement: 0 where one microbatch at a time fits it."""
-    return [item.lacking_bytes for item in _of_ranks(problem, placement)]
-
-
-def _of_ranks(problem: PlanningProblem, placement: Placement) -> list[Shortage]:
-    """What every rank needs and has."""
-    needs = single_microbatch_bytes(build(view(problem, placement))).tolist()
-    return [_of_rank(problem, rank, placement.name, *need)
-            for rank, need in enumerate(zip(resident_bytes(problem, placement), needs, strict=True))]
-
-
-def _of_rank(problem: PlanningProblem, rank: int, name: str, resident: int, activations: int) -> Shortage:
-    limits = problem.limits
-    return Shortage(rank, name, resident, activations,
-                    MOST if limits.resident_bytes is None else limits.resident_bytes,
-                    MOST if limits.activation_bytes is None else limits.activation_bytes,
-                    problem.topology.devices[rank].memory_bytes)
-
-
-def fits_no_device(problem: PlanningProblem) -> tuple[Shortage, list[int]] | None:
-    """Groups that stay together and fit no device even alone, with the device that lacks least for them; None if there
-    are none.
-
-    Alone: their resident bytes, and what the largest microbatch of one of them saves while its forward runs; every
-    order of every placement holds as much on some device.
-    """
-    for members in colocated(problem):
-        resident = sum(problem.groups[g].resident_bytes for g in members)
-        activations = max(_of_a_forward(problem.groups[g]) for g in members)
-        least = min((_of_rank(problem, rank, "", resident, activations) for rank in range(problem.num_ranks)),
-                    key=lambda item: item.lacking_bytes)
-        if least.lacking_bytes:
-            return least, members
-    return None
-
-
-def _of_a_forward(group: Group) -> int:
-    """Bytes held while a group's largest microbatch runs forward."""
-    saved = (group.saved_fi_bytes, group.saved_fw_bytes)
-    largest = [round(size * max(group.loads)) for size in saved] if group.loads else saved
-    return sum(largest) + group.forward_workspace
-
-
-def single_microbatch_bytes(instance: Instance) -> np.ndarray:
-    """Bytes each rank needs to run one microbatch alone, the worst over microbatches."""
-    ranks, count = len(instance.cap), instance.view.problem.num_microbatches
-    total = np.zeros((ranks, count), dtype=np.int64)
-    extra = np.zeros((ranks, count), dtype=np.int64)
-    for n in clock.asking(range(instance.size)):
-        at = instance.rank[n], instance.microbatch[n]
-        if instance.kind[n] == 0:
-            total[at] += instance.alloc[n]
-            extra[at] = max(extra[at], instance.work[n])
-        else:
-            extra[at] = max(extra[at], instance.alloc[n] + instance.work[n])
-    return (total + extra).max(axis=1)
 
 
 def why_infeasible(problem: PlanningProblem, name: str, admits: Admits | None = None, *, proven: bool = False,
@@ -156,7 +51,7 @@ def why_infeasible(problem: PlanningProblem, name: str, admits: Admits | None = 
     ranks = _least_lacking(problem, allowed)
     if ranks is None:
         return _why_none(problem, name)
-    least, more = _worst(ranks), ("use more devices", *also)
+    least, more = worst(ranks), ("use more devices", *also)
     if not least.lacking_bytes:
         return (f"at placement {least.placement} the saved tensors of one microbatch fit, but no order that was"
                 " tried leaves room for the values in flight and workspaces beside them;"
@@ -189,16 +84,12 @@ def _least_lacking(problem: PlanningProblem, placements: Iterable[Placement]) ->
     found: list[Shortage] | None = None
     for placement in placements:
         clock.ask()
-        ranks = _of_ranks(problem, placement)
-        if found is None or _worst(ranks).lacking_bytes < _worst(found).lacking_bytes:
+        ranks = of_ranks(problem, placement)
+        if found is None or worst(ranks).lacking_bytes < worst(found).lacking_bytes:
             found = ranks
-        if not _worst(found).lacking_bytes:
+        if not worst(found).lacking_bytes:
             break
     return found
-
-
-def _worst(ranks: Sequence[Shortage]) -> Shortage:
-    return max(ranks, key=lambda item: item.lacking_bytes)
 
 
 def _over_memory(ranks: Sequence[Shortage]) -> list[int]:
@@ -228,18 +119,18 @@ def _remedy(problem: PlanningProblem, ranks: Sequence[Shortage], admits: Admits 
         return made
 
     size = enough(first, changed, admits)
-    worst, told = _worst(ranks), []
+    most, told = worst(ranks), []
     for one in raised:
         least = one.least if size is None else -(-one.least * size // first)
-        given = memory_for(problem.topology.devices[worst.rank], least) if one.memory else least
+        given = memory_for(problem.topology.devices[most.rank], least) if one.memory else least
         told.append(exact_bytes(given) if size is not None else f"at least {given}B")
     if [one.memory for one in raised] == [True]:
         equal = len({device.memory_bytes for device in problem.topology.devices}) == 1
         what = "a device memory" if equal else "on devices that have less, a memory"
         text = (f"{what} of {told[0]} would do" if size is not None else
-                f"{what} of {told[0]} is needed" if worst.lacking_bytes else "more memory may do")
+                f"{what} of {told[0]} is needed" if most.lacking_bytes else "more memory may do")
         return "; or ".join((text, *more))
-    texts = [f"{one.what} to {given}" if size is not None or worst.lacking_bytes else one.what
+    texts = [f"{one.what} to {given}" if size is not None or most.lacking_bytes else one.what
              for one, given in zip(raised, told, strict=True)]
     return ", or ".join((f"raise {' and '.join(texts)}", *more))
 

@@ -22,8 +22,8 @@ from mipipe.planner.schedules.one_f_one_b import interleaved, one_f_one_b
 from mipipe.planner.teams.as_team import branches_of, team_of
 from mipipe.planner.teams.prices.degrees import Degrees, Recompute
 from mipipe.planner.teams.prices.machine import Machine
+from mipipe.planner.teams.prices.misfit import check_fits
 from mipipe.planner.teams.prices.piece_cost import AXES, Axis, PieceCost
-from mipipe.planner.teams.prices.pieces import check_fits
 from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.planner.teams.stages import StageCost, cut_pieces, even_layers, stages_on, team_problem
 

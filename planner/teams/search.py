@@ -38,7 +38,7 @@ from mipipe.planner.teams.masters import chunks_of, solved_master
 from mipipe.planner.teams.options import TeamOptions
 from mipipe.planner.teams.orders import LATER, ordered, paired
 from mipipe.planner.teams.prices.degrees import Degrees, Recompute, check_given, completed
-from mipipe.planner.teams.prices.pieces import misfit, samples_misfit
+from mipipe.planner.teams.prices.misfit import misfit, samples_misfit
 from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.planner.teams.so_far import SoFar
 from mipipe.planner.teams.space import DegreeSpace, Point, anything, promise

@@ -15,7 +15,8 @@ from mipipe.graphs.operator_graph import DTYPE_BYTES
 from mipipe.planner.teams.bounds.of_degrees import bound_of, seconds_in_kernels
 from mipipe.planner.teams.bounds.windows import apart, table
 from mipipe.planner.teams.prices.degrees import Degrees, Recompute
-from mipipe.planner.teams.prices.pieces import ModelPieces, misfit, samples_misfit
+from mipipe.planner.teams.prices.misfit import misfit, samples_misfit
+from mipipe.planner.teams.prices.pieces import ModelPieces
 from mipipe.planner.teams.prices.pricing import Pricer
 
 

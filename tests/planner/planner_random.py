@@ -6,8 +6,8 @@ import dataclasses
 from random import Random
 
 from mipipe.graphs.topology import Device, Link, Topology
-from mipipe.planner.placements.feasible import shortage
 from mipipe.planner.placements.shapes import all_placements
+from mipipe.planner.placements.shortages import shortage
 from mipipe.planner.plan import Placement
 from mipipe.planner.problem import Group, GroupEdge, PhaseTimes, PlanningProblem
 

@@ -12,8 +12,8 @@ from mipipe.planner.ladder import exactly, fitting, placement_rungs
 from mipipe.planner.ladder.admission import admit_placement
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlanOptions
-from mipipe.planner.placements.feasible import lacking_bytes, shortage
 from mipipe.planner.placements.shapes import propose_shapes
+from mipipe.planner.placements.shortages import lacking_bytes, shortage
 from mipipe.planner.plan import Plan
 from mipipe.planner.problem import Group, GroupEdge, Limits, PhaseTimes, PlanningProblem
 from mipipe.planner.solve import plan

@@ -18,8 +18,8 @@ from mipipe.planner.ladder.admission import seed_search
 from mipipe.planner.ladder.candidate import candidate
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlanOptions
-from mipipe.planner.placements.feasible import shortage, single_microbatch_bytes
 from mipipe.planner.placements.shapes import propose_shapes
+from mipipe.planner.placements.shortages import shortage, single_microbatch_bytes
 from mipipe.planner.problem import Group, GroupEdge, Limits, PhaseTimes, PlanningProblem
 from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.search import lists as greedy

@@ -18,8 +18,9 @@ from mipipe.planner.milp.placement import modes
 from mipipe.planner.milp.placement import shares as placement
 from mipipe.planner.milp.placement.routes import deal, to_placement, to_shares
 from mipipe.planner.options import Objective, PlanOptions
-from mipipe.planner.placements.feasible import shortage, why_infeasible
+from mipipe.planner.placements.feasible import why_infeasible
 from mipipe.planner.placements.shapes import propose_shapes
+from mipipe.planner.placements.shortages import shortage
 from mipipe.planner.problem import Group, GroupEdge, Limits, PhaseTimes, PlanningProblem
 from mipipe.planner.problems.uniform import uniform_problem
 from mipipe.planner.solve import Termination, plan

@@ -9,7 +9,7 @@ from itertools import combinations, pairwise
 from mipipe.planner.teams.evaluate import TeamResult, evaluate_teams
 from mipipe.planner.teams.orders import order_of
 from mipipe.planner.teams.prices.degrees import Degrees
-from mipipe.planner.teams.prices.pieces import samples_misfit
+from mipipe.planner.teams.prices.misfit import samples_misfit
 from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.planner.teams.space import all_degrees, anything, divisors, shared_ways
 from mipipe.planner.teams.stages import overlap_rule

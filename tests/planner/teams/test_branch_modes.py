@@ -25,7 +25,8 @@ from mipipe.planner.teams.evaluate import evaluate_teams
 from mipipe.planner.teams.options import TeamOptions
 from mipipe.planner.teams.prices.between_modes import resharded
 from mipipe.planner.teams.prices.degrees import Degrees
-from mipipe.planner.teams.prices.pieces import model_pieces, samples_misfit
+from mipipe.planner.teams.prices.misfit import samples_misfit
+from mipipe.planner.teams.prices.pieces import model_pieces
 from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.planner.teams.search import search_teams
 from mipipe.planner.teams.space import DegreeSpace, floor_of, roughly_fits

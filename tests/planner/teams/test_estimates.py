@@ -17,7 +17,8 @@ from mipipe.graphs.operator_graph import Phase, Role
 from mipipe.graphs.sharding.modes import with_modes
 from mipipe.graphs.sharding.shares import TeamShares
 from mipipe.planner.teams.prices.degrees import Degrees
-from mipipe.planner.teams.prices.pieces import indivisible_of, model_pieces
+from mipipe.planner.teams.prices.misfit import indivisible_of
+from mipipe.planner.teams.prices.pieces import model_pieces
 
 
 def traces(graph):
