@@ -44,7 +44,7 @@ it stands were tried in vain; and at most."""
 SEVERAL = 3
 """Placements drawn for a try: the one whose busiest rank can end first is tried."""
 
-FORGIVEN = 0.0005
+FORGIVEN = DEVIATION / 4
 """Share of its makespan by which every try without success sets a line back behind the others."""
 
 DRAWN = 400

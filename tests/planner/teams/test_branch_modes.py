@@ -18,11 +18,14 @@ from mipipe.graphs.operator_graph import Phase, Role
 from mipipe.graphs.sharding.modes import with_modes
 from mipipe.graphs.sharding.samples import samples_together
 from mipipe.graphs.sharding.team_graph import MemberGraph
+from mipipe.planner.options import PlanOptions
+from mipipe.planner.solve import plan
 from mipipe.planner.team import TeamMode
 from mipipe.planner.teams.again import TeamTask, made_again, task_of, with_task
 from mipipe.planner.teams.bounds.of_degrees import bound_of, packed
-from mipipe.planner.teams.evaluate import evaluate_teams
+from mipipe.planner.teams.evaluate import evaluate_teams, piece_costs, result_of
 from mipipe.planner.teams.options import TeamOptions
+from mipipe.planner.teams.orders import order_of
 from mipipe.planner.teams.prices.between_modes import resharded
 from mipipe.planner.teams.prices.degrees import Degrees
 from mipipe.planner.teams.prices.misfit import samples_misfit
@@ -30,6 +33,7 @@ from mipipe.planner.teams.prices.pieces import model_pieces
 from mipipe.planner.teams.prices.pricing import Pricer
 from mipipe.planner.teams.search import search_teams
 from mipipe.planner.teams.space import DegreeSpace, floor_of, roughly_fits
+from mipipe.planner.teams.stages import cut_pieces, stages_on, team_problem
 
 MACHINE = replace(machine(), dtype="float32")
 VISION = {"vision": "batch"}
@@ -266,3 +270,21 @@ def test_a_value_that_passes_between_modes_has_a_buffer(llava):
                    for modes in ({**VISION, "text": "batch"}, VISION))
     assert cost.buffers == 2 * text and cost.f.talk["tensor"] == pytest.approx(usual.f.talk["tensor"] + collective_ns(
         MACHINE.fabric, KINDS.ALL_GATHER, 2 * text, 2) / 1e9)
+
+
+def test_orders_are_searched_on_the_stages_that_a_result_has(llava):
+    """The projector lies between layers of the tower and of the text: a stage of its own counts none, as does one that
+    it is not in."""
+    pricer, degrees = Pricer(model_pieces(llava, {}), MACHINE), Degrees(ranks=2, chunks=2)
+    pieces = pricer.model.pieces
+    between = next(at for at in range(1, len(pieces)) if pieces[at].layer is None and pieces[at - 1].layer is not None)
+    cuts = [tuple(range(between)), (between,), tuple(range(between + 1, len(pieces) - 1)), (len(pieces) - 1,)]
+    stages = stages_on(piece_costs(pricer, degrees, ()), cuts, [(0,), (1,), (0,), (1,)], (), MACHINE, split=True)
+    problem = team_problem(pricer.model, degrees, MACHINE, stages, 2)
+    made = plan(problem, PlanOptions(time_limit_s=1)).plan
+    layers = tuple(sum(pieces[at].layer is not None for at in cut) for cut in cuts)
+    item = result_of(pricer, degrees, 2, made, stages, "planned order", layers, made.makespan_ns)
+    assert layers[1] == layers[3] == 0 and cut_pieces(pricer.model, layers) != cuts
+    better = order_of(pricer, item, 2, 1.0, 0)
+    assert [stage.pieces for stage in better.stages] == cuts
+

@@ -102,7 +102,9 @@ def test_torchtitan(planned):
         "pipeline_parallel_schedule_csv": "order.csv", "pipeline_parallel_microbatch_size": 1}
     assert data["training"] == {"local_batch_size": 8, "global_batch_size": 32}
     assert read_torch_csv(order) == tuple(rank.compute for rank in plan.schedule.ranks)
-    alone = json.loads(torchtitan_config(planned(Degrees(copies=8, zero=3)), "none.csv")[0])["parallelism"]
+    whole = json.loads(torchtitan_config(planned(Degrees(copies=8, zero=3)), "none.csv")[0])
+    alone, batch = whole["parallelism"], whole["training"]  # its trainer accumulates over microbatches by itself
+    assert (batch["local_batch_size"], batch["global_batch_size"]) == (1, 32)
     assert alone["fsdp_reshard_after_forward"] == "always" and "pipeline_parallel_schedule_csv" not in alone
 
 
