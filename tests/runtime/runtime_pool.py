@@ -94,7 +94,10 @@ class Pool:
 
         Raises:
             TaskError: a rank raised or gave no answer within ``timeout`` seconds.
+            ValueError: there are fewer workers than ranks, which would wait for each other.
         """
+        if world > self._size:
+            raise ValueError(f"{world} ranks: expected at most {self._size}, the pool's workers")
         self._count += 1
         try:
             if not self._workers:

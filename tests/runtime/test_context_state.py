@@ -24,7 +24,7 @@ BOTH = Team({"context": 2, "tensor": 2}, modes=(TeamMode("tensor", "sequence"),)
 CASES = [("llama", 1, COPIES, True), ("llama", 1, COPIES, "parameters"), ("llama", 1, CONTEXT, True),
          ("llama", 2, CONTEXT, "gradients"), ("llama", 1, BOTH, True), ("moe", 1, COPIES, "parameters"),
          ("vlm", 1, COPIES, True), ("vlm", 1, COPIES, "gradients"), ("vlm-frozen", 1, COPIES, "parameters"),
-         ("vlm-lora", 1, COPIES, True), ("llama-frozen", 1, COPIES, "parameters"), ("llama-frozen", 2, BOTH, True)]
+         ("vlm-lora", 1, COPIES, True), ("llama-frozen", 1, COPIES, "parameters"), ("llama-frozen", 1, BOTH, True)]
 
 
 def run(pool, name, ranks, team, *config):
