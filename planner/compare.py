@@ -154,8 +154,8 @@ def _planned_row(problem: PlanningProblem, options: PlanOptions, rows: Sequence[
         if here.ns < lowest:
             lowest, how = here.ns, dataclasses.replace(how, bound=here.what)
     bound = units_or_none(lowest, problem)
-    scope = (f"placement {options.placement}" if options.placement != "free"
-             and proposes_all(problem, options.placement) else "all placements within the caps")
+    scope = (f"placement {options.placement}" if proposes_all(problem, options.placement) else
+             "all placements within the caps")
     return dataclasses.replace(row, bound=bound, gap=gap_of(_makespan(row), bound),
                                bound_scope=None if bound is None else scope, rung=rung, without_baselines=own,
                                seconds=seconds, how=how)

@@ -30,14 +30,14 @@ class PlanOptions:
     """Options of one solve.
 
     ``placement``: ``free`` lets the planner choose; another name fixes the shape, and bounds are then over placements
-    of that shape. ``use_baselines``: published schedules may start the search. ``use_milp``: HiGHS may be called.
-    ``use_search``: orders are annealed (`without` names these three). ``objective``: ``memory`` minimises peak
-    activation memory at a makespan within ``1 + epsilon`` of a first one, ``utilisation`` maximises the share of
-    computing time of the devices in use at such a makespan (`mipipe.planner.ladder.objectives` defines both),
-    ``period`` minimises the time from step to step where no barrier parts them (`mipipe.planner.ladder.period`).
-    ``recompute``: stages may run F twice where that pays or memory is short. ``threads``: concurrent searches. ``gap``:
-    stop at this relative gap. ``exact``: the literal MIP decides placement and order at once, and proves both
-    (`mipipe.planner.ladder.exactly`, which says what it refuses).
+    of that shape, where it can be cut in few ways or its layers are equal; else over all. ``use_baselines``: published
+    schedules may start the search. ``use_milp``: HiGHS may be called. ``use_search``: orders are annealed (`without`
+    names these three). ``objective``: ``memory`` minimises peak activation memory at a makespan within ``1 + epsilon``
+    of a first one, ``utilisation`` maximises the share of computing time of the devices in use at such a makespan
+    (`mipipe.planner.ladder.objectives` defines both), ``period`` minimises the time from step to step where no barrier
+    parts them (`mipipe.planner.ladder.period`). ``recompute``: stages may run F twice where that pays or memory is
+    short. ``threads``: concurrent searches. ``gap``: stop at this relative gap. ``exact``: the literal MIP decides
+    placement and order at once, and proves both (`mipipe.planner.ladder.exactly`, which says what it refuses).
     """
 
     __pydantic_config__: ClassVar = STRICT

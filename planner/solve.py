@@ -29,7 +29,7 @@ from mipipe.planner.execution.steps import schedule_period
 from mipipe.planner.explain.binding import explain_plan
 from mipipe.planner.gap import gap_of
 from mipipe.planner.how import How
-from mipipe.planner.jobs.stages import view
+from mipipe.planner.jobs.stages import groups_apart
 from mipipe.planner.ladder import exactly, fitting, large, order_rungs, period, placement_rungs
 from mipipe.planner.ladder.activities import Indexing, Pacing, Polishing, Proving, Tightening
 from mipipe.planner.ladder.admission import admit_placement, enter, recomputing, take, why_no_plan
@@ -46,7 +46,7 @@ from mipipe.planner.milp.calls import Ledger, counting
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.placements.shapes import propose_shapes
 from mipipe.planner.placements.shortages import fits_no_device
-from mipipe.planner.plan import Placement, Plan, Stage
+from mipipe.planner.plan import Plan
 from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.sizes import NEVER_NS, VERY_MANY
 from mipipe.planner.time_shares import SHARES
@@ -194,11 +194,9 @@ def _ladder(run: Run) -> None:
 
 def _bound_alone(run: Run) -> None:
     """The bound on one device, where nothing is placed: no group waits less than as a stage of its own."""
-    groups, count = range(len(run.problem.groups)), run.problem.num_microbatches
-    if 3 * len(groups) * count <= VERY_MANY:
-        apart = Placement(tuple(Stage((g,), (0,)) for g in groups), ((0,) * count,) * len(groups), "alone")
+    if 3 * len(run.problem.groups) * run.problem.num_microbatches <= VERY_MANY:
         with suppress(PlanError):  # what never fits is said where it is placed
-            run.raise_bound(placement_bound(view(run.problem, apart)))
+            run.raise_bound(placement_bound(groups_apart(run.problem)))
 
 
 def _first_plans(run: Run) -> large.Tuning | None:

@@ -263,8 +263,8 @@ def bound_line(plan: Plan) -> str:
     parts = [f"makespan {terminal.format_time(plan.makespan_ns, unit)}"]
     options = options_of(plan)
     over = ("bound over placements with one replica of each group" if options.exact else
-            f"bound over placements of shape {options.placement}" if options.placement != "free"
-            and proposes_all(plan.problem, options.placement) else "bound over all placements")
+            f"bound over placements of shape {options.placement}" if proposes_all(plan.problem, options.placement) else
+            "bound over all placements")
     for name, bound in ((over, plan.bound_ns),
                         ("bound at this placement", plan.placement_bound_ns)):
         if bound is not None:

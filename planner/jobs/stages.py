@@ -159,6 +159,13 @@ def view(problem: PlanningProblem, placement: Placement) -> StageView:
                      edges, tuple(map(tuple, incoming)), tuple(map(tuple, outgoing)))
 
 
+def groups_apart(problem: PlanningProblem) -> StageView:
+    """The problem with every group a stage of its own, all on the first rank."""
+    groups = range(len(problem.groups))
+    return view(problem, Placement(tuple(Stage((g,), (0,)) for g in groups),
+                                   tuple((0,) * problem.num_microbatches for _ in groups), "groups apart"))
+
+
 def _resident(problem: PlanningProblem, placement: Placement) -> tuple[int, ...]:
     """Bytes by rank of all groups that it holds."""
     found = [0] * problem.num_ranks

@@ -117,28 +117,26 @@ def rescue(run: Run) -> None:
 @dataclass(slots=True)
 class Deciding:
     """The exact model in the loop, up to the incumbent, for longer each time; ``problem`` has less memory where values
-    in flight overfilled a rank. ``small``: whether the problem is the model's business, and the model is written down
-    within a slice of the time limit; asked for at its first turn."""
+    in flight overfilled a rank. ``open``: whether the model has anything left to say; None before its first turn."""
 
     run: Run
     problem: PlanningProblem
-    ended: bool = False
-    small: bool | None = None
+    open: bool | None = None
 
     def step(self, seconds: float) -> bool:
         """Solve for some seconds; False where the problem is too large, or the model has nothing left to say."""
         run = self.run
-        if self.small is None:
+        if self.open is None:  # the problem is its business, and it is written down within a slice
             written_s = (num_jobs(run.problem) / MOST_JOBS) ** 2
-            self.small = (written_s <= SHARES.longest_slice * run.options.time_limit_s
-                          and _takes(run.problem, replace(run.options, recompute=False)))
-        if self.ended or not self.small or run.best is None:
+            self.open = (written_s <= SHARES.longest_slice * run.options.time_limit_s
+                         and _takes(run.problem, replace(run.options, recompute=False)))
+        if not self.open or run.best is None:
             return False
-        began, before = time.monotonic(), run.makespan_ns
+        began, before, known = time.monotonic(), run.makespan_ns, len(run.candidates)
         try:
             result = solve_exact(self.problem, time_limit_s=seconds, seed=run.options.seed, horizon_ns=before)
         except ProblemError:  # the model has no memory for what it holds
-            self.ended = True
+            self.open = False
             return False
         if self.problem is run.problem and not replicas_fit(run.problem) and not run.recomputes:
             _bound(run, result)
@@ -146,9 +144,9 @@ class Deciding:
         if excess:
             self.problem = _with_less(self.problem, excess)
         else:
-            self.ended = result.outcome.termination in (SolverStatus.OPTIMAL, SolverStatus.INFEASIBLE)
-        if run.makespan_ns < before:
-            order_rungs.seed(run, run.candidates[-1])
+            self.open = result.outcome.termination not in (SolverStatus.OPTIMAL, SolverStatus.INFEASIBLE)
+        for found in run.candidates[known:]:
+            order_rungs.seed(run, found)
         placement_rungs.record_placing(run, "exact MIP", "one replica of each group", before, began, result.outcome,
                                        bound=result.bound_ns / run.problem.unit_ns)
         if result.outcome.termination is SolverStatus.INTERRUPTED:

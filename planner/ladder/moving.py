@@ -30,6 +30,7 @@ from mipipe.planner.placements.cuts import earliest_end
 from mipipe.planner.placements.moves import drawn, is_movable
 from mipipe.planner.placements.shapes import keeps_shape, resident_fits
 from mipipe.planner.plan import Placement
+from mipipe.planner.problem import PlanningProblem
 from mipipe.planner.search import annealing
 from mipipe.planner.search.orders import Orders
 from mipipe.planner.sizes import NEVER_NS, VERY_MANY
@@ -44,14 +45,14 @@ it stands were tried in vain; and at most."""
 SEVERAL = 3
 """Placements drawn for a try: the one whose busiest rank can end first is tried."""
 
-FORGIVEN = DEVIATION / 4
+FORGIVEN = 0.0005
 """Share of its makespan by which every try without success sets a line back behind the others."""
 
 DRAWN = 400
 """Neighbours that are drawn for a line in vain before it looks farther and around."""
 
 Key = tuple[object, ...]
-"""A placement, whichever of its microbatches comes first."""
+"""A placement, whichever of equal microbatches comes first."""
 
 
 @dataclass(slots=True)
@@ -185,7 +186,7 @@ class Moving:
     def _begin_lines(self) -> None:
         """Begin lines at candidates that are no line's yet."""
         run = self.run
-        if run.problem.num_ranks < 2 or (run.options.placement != "free" and run.of_shape):
+        if run.problem.num_ranks < 2 or run.of_shape:
             return
         for found in run.candidates:
             if (found not in self.known and found.best is not None and not found.best.schedule.has_pairs
@@ -251,12 +252,13 @@ class Moving:
             clock.ask()
             line.drawn += 1
             several = [one for one in (self._drawn(line) for _ in range(SEVERAL))
-                       if one is not None and key_of(one) not in line.looked_at and resident_fits(run.problem, one)]
+                       if one is not None and key_of(run.problem, one) not in line.looked_at
+                       and resident_fits(run.problem, one)]
             ends = [earliest_end(run.problem, one, self.heads) for one in several]
             placement = several[ends.index(min(ends))] if several else None
             if placement is None:
                 continue
-            line.looked_at.add(key_of(placement))
+            line.looked_at.add(key_of(run.problem, placement))
             limit = line.allowed_ns if line.around else run.makespan_ns
             if min(ends) >= limit or any(order_rungs.same(other.placement, placement)
                                          for other in list(run.candidates)):
@@ -286,7 +288,8 @@ class Moving:
         return replace(made, name=known.name) if keeps_shape(known, made) else None
 
 
-def key_of(placement: Placement) -> Key:
-    """The stages, and where the microbatches run, sorted."""
+def key_of(problem: PlanningProblem, placement: Placement) -> Key:
+    """The stages, and where the microbatches run: sorted, where these are equal."""
     stages = tuple((stage.groups, stage.recompute) for stage in placement.stages)
-    return stages, tuple(sorted(zip(*placement.routes, strict=True)))
+    places = list(zip(*placement.routes, strict=True))
+    return stages, tuple(places if any(group.loads for group in problem.groups) else sorted(places))

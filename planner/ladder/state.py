@@ -111,7 +111,7 @@ class Run:
     def lowest(self) -> Bound | None:
         """The bound over all placements, or over those of the shape asked for; None before the first."""
         over_all = None if self.bound_ns is None else Bound(self.bound_ns, self.bound_what)
-        if self.options.placement == "free" or not self.candidates or not self.entered or not self.of_shape:
+        if not self.candidates or not self.entered or not self.of_shape:
             return over_all
         least = min((found.bound for found in self.candidates), key=lambda bound: bound.ns)
         count = len(self.candidates)

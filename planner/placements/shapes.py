@@ -98,17 +98,19 @@ def propose_shapes(problem: PlanningProblem, name: str = "free") -> Iterator[Pla
 
 
 def _equal(problem: PlanningProblem, shape: Shape) -> bool:
-    """Whether all layers are equal, and as many for every stage."""
+    """Whether all layers are equal, as many for every stage, and devices of one kind."""
     blocks = [[replace(problem.groups[g], name="", segments=(), tags=Tags()) for g in block]
               for block in units(problem)]
-    return len(blocks) % shape.num_stages == 0 and all(block == blocks[0] for block in blocks)
+    kinds = {device.kind for device in problem.topology.devices}
+    return len(blocks) % shape.num_stages == 0 and len(kinds) == 1 and all(block == blocks[0] for block in blocks)
 
 
 def proposes_all(problem: PlanningProblem, name: str) -> bool:
     """Whether `propose_shapes` gives every placement of a named shape, so that a bound may be one over these: where it
-    can be cut in few ways, or all layers are equal (a named shape of these is the published one, in equal stages)."""
+    can be cut in few ways, or all layers are equal (a named shape of these is the published one, in equal stages). Of
+    ``free`` placements it does not."""
     own, blocks = shapes(problem.num_ranks, name), len(units(problem))
-    return bool(own) and all(blocks <= shape.num_stages or _few_cuts(problem, shape)
+    return name != "free" and bool(own) and all(blocks <= shape.num_stages or _few_cuts(problem, shape)
                              or _equal(problem, shape) for shape in own)
 
 

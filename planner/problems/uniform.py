@@ -33,7 +33,7 @@ _KIND = "device"
 _BYTES = 1000
 """Bytes of ``1 / ranks`` of a layer: fine enough that caps such as 8.5 or 0.75 * 33 activations are whole bytes."""
 
-FINEST = 10**6
+FINEST = MILLISECOND_NS
 """Numbers are multiples of a fraction no smaller than 1 of so many; what is above 0 and rounds to it is refused."""
 
 MOST_CELLS = 16 * MOST_COUNT

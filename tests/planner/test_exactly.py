@@ -6,6 +6,7 @@ import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,9 +18,15 @@ from mipipe.planner.check import check_plan
 from mipipe.planner.jobs.memory import carries_bytes
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.jobs.times import evaluate
-from mipipe.planner.milp.order.exact import solve_exact
+from mipipe.planner.ladder import exactly
+from mipipe.planner.ladder.admission import admit_placement
+from mipipe.planner.ladder.state import Run
+from mipipe.planner.milp import highs
+from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
+from mipipe.planner.milp.order.exact import ExactResult, solve_exact
 from mipipe.planner.milp.order.exact_parts import num_jobs
 from mipipe.planner.options import PlanOptions
+from mipipe.planner.placements.shapes import propose_shapes, proposes_all
 from mipipe.planner.plan import Placement, Stage
 from mipipe.planner.problem import Group, GroupEdge, Limits, PhaseTimes, PlanningProblem
 from mipipe.planner.problems.uniform import uniform_problem
@@ -222,3 +229,48 @@ def test_a_shape_that_can_be_cut_in_several_ways_is_not_proven_by_some(
     result = plan(problem, PlanOptions(time_limit_s=2, placement=shape))  # type: ignore[arg-type]
     assert result.bound_ns is not None and result.bound_ns <= best == result.makespan_ns
     assert result.plan is not None and result.plan.placement.name == shape
+
+
+def test_equal_layers_on_unequal_devices_can_be_cut_in_several_ways() -> None:
+    """The published cut is even; where one device is slower others may be shorter, and there is no bound over them."""
+    problem = uniform_problem(ranks=4, microbatches=64, f=1, i=1, w=1, layers=8)
+    devices = tuple(replace(device, kind="slow" if n else device.kind) for n, device in enumerate(
+        problem.topology.devices))
+    groups = tuple(replace(group, times={**group.times, "slow": PhaseTimes(2, 2, 2)}) for group in problem.groups)
+    mixed = problem.replace(groups=groups, topology=replace(problem.topology, devices=devices))
+    assert proposes_all(problem, "chain") and not proposes_all(mixed, "chain") and not proposes_all(problem, "free")
+
+
+def test_a_stopped_solve_of_an_overfull_plan_is_not_begun_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = tuple(Group(f"g{n}", {"d": PhaseTimes(5, 5, 5)}, resident_bytes=size)
+                   for n, size in enumerate((40 * 10**9, 40 * 10**9 + 1)))
+    problem = PlanningProblem("bytes", groups, (GroupEdge(0, (1,), 0, 0, "v"),),
+                              Topology.uniform(2, latency_ns=50, kind="d", memory_bytes=80 * 10**9), 2)
+    assert solve_exact(problem, time_limit_s=10, seed=0).placement is not None
+    calls, usual = [], highs.solve
+
+    def stopped(*args: Any, **options: Any) -> SolverOutcome:
+        calls.append(usual(*args, **options))
+        return replace(calls[-1], termination=SolverStatus.INTERRUPTED)
+
+    monkeypatch.setattr(highs, "solve", stopped)
+    result = solve_exact(problem, time_limit_s=10, seed=0)
+    assert len(calls) == 1 and result.placement is None and result.outcome.termination is SolverStatus.INTERRUPTED
+
+
+def test_what_others_found_meanwhile_begins_no_search_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Annealing goes on beside the model: a shorter plan need not be the model's."""
+    run = Run(_alone(SMALL), PlanOptions(time_limit_s=100, threads=1))
+    found = admit_placement(run, next(propose_shapes(run.problem, "chain")))
+    assert found is not None and found.best is not None
+
+    def beside(*args: Any, **options: Any) -> ExactResult:
+        found.best = replace(found.best, makespan_ns=found.makespan_ns - 1)
+        outcome = SolverOutcome(SolverStatus.TIME_LIMIT, None, None, 0.1, 1, 1)
+        return ExactResult(None, None, None, 1, outcome)
+
+    monkeypatch.setattr(exactly, "solve_exact", beside)
+    monkeypatch.setattr(exactly.order_rungs, "seed", lambda *_: pytest.fail("seeded"))
+    deciding, before = exactly.Deciding(run, run.problem), run.makespan_ns
+    assert deciding.step(1.0) and run.makespan_ns == before - 1 and deciding.open
+

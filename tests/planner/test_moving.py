@@ -20,7 +20,7 @@ from mipipe.planner.ladder.activities import Indexing, Pacing, Polishing, Provin
 from mipipe.planner.ladder.admission import admit_placement
 from mipipe.planner.ladder.candidate import candidate
 from mipipe.planner.ladder.inherit import inherited, moments_of
-from mipipe.planner.ladder.moving import DEVIATION, MOVING, Line, Moving
+from mipipe.planner.ladder.moving import DEVIATION, MOVING, Line, Moving, key_of
 from mipipe.planner.ladder.state import Run
 from mipipe.planner.options import PlanOptions
 from mipipe.planner.placements.cuts import colocated
@@ -370,3 +370,12 @@ def test_where_no_neighbour_may_be_better_what_is_farther_is_drawn() -> None:
         if found is not None and run.makespan_ns <= found.bound.ns:
             break
     assert found is not None and run.makespan_ns <= found.bound.ns < line.allowed_ns
+
+
+@pytest.mark.parametrize("loads", [(), (1.0, 2.0)])
+def test_equal_microbatches_count_once_others_apart(loads: tuple[float, ...]) -> None:
+    problem = uniform_problem(ranks=2, microbatches=2, f=1, i=1, w=1, layers=1)
+    problem = problem.replace(groups=tuple(dataclasses.replace(group, loads=loads) for group in problem.groups))
+    one, other = (Placement((Stage((0,), (0, 1)),), (route,), name) for route, name in (((0, 1), "a"), ((1, 0), "b")))
+    assert (key_of(problem, one) == key_of(problem, other)) == (not loads)
+

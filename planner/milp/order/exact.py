@@ -37,7 +37,7 @@ from mipipe.planner.jobs.overlap import pair_gain
 from mipipe.planner.jobs.stages import view
 from mipipe.planner.jobs.times import evaluate
 from mipipe.planner.milp import highs, pyo
-from mipipe.planner.milp.highs import SolverOutcome
+from mipipe.planner.milp.highs import SolverOutcome, SolverStatus
 from mipipe.planner.milp.order.exact_parts import MipTransfer, Sketch, sketch
 from mipipe.planner.plan import Placement, RankOrder, Schedule, Stage
 from mipipe.planner.problem import PlanningProblem
@@ -80,7 +80,7 @@ def solve_exact(problem: PlanningProblem, *, time_limit_s: float, seed: int,
         outcome = highs.solve(model, time_limit_s=max(clock.LEAST_S, end - time.monotonic()), seed=seed, gap=0.0,
                               absolute_gap=0.999)
         overfull = outcome.has_solution and forbid_overfull(model, drawn)
-        if not overfull or time.monotonic() >= end:
+        if not overfull or outcome.termination is not SolverStatus.OPTIMAL:  # out of time, or Ctrl-C
             break
     bound, queued = problem_bound(problem).ns, bool(drawn.meetings)
     if outcome.bound is not None:  # of schedules without overlapped pairs; those with pairs stretch to such ones

@@ -12,9 +12,8 @@ from mipipe.planner.actions import ActionKind, Stream
 from mipipe.planner.jobs.dependencies import dependencies, kinds_of
 from mipipe.planner.jobs.longest import heads_of, tails_of
 from mipipe.planner.jobs.memory import effects
-from mipipe.planner.jobs.stages import StageView, view
+from mipipe.planner.jobs.stages import StageView, groups_apart
 from mipipe.planner.placements.cuts import colocated
-from mipipe.planner.plan import Placement, Stage
 from mipipe.planner.problem import Group, PlanningProblem
 
 Operation = tuple[int, ActionKind, int]
@@ -70,7 +69,7 @@ class Sketch:
 
 def sketch(problem: PlanningProblem, horizon_ns: int | None) -> Sketch:
     """All numbers of the exact model of a problem."""
-    units, apart = colocated(problem), _apart(problem)
+    units, apart = colocated(problem), groups_apart(problem)
     unit_of_group = {g: u for u, members in enumerate(units) for g in members}
     jobs = [(g, kind, m) for m in range(problem.num_microbatches) for g in range(len(problem.groups))
             for kind in kinds_of(apart, g)]
@@ -108,15 +107,8 @@ def sketch(problem: PlanningProblem, horizon_ns: int | None) -> Sketch:
 
 def num_jobs(problem: PlanningProblem) -> int:
     """The exact model's jobs: every group's phases for every microbatch."""
-    apart = _apart(problem)
+    apart = groups_apart(problem)
     return problem.num_microbatches * sum(len(kinds_of(apart, g)) for g in range(len(problem.groups)))
-
-
-def _apart(problem: PlanningProblem) -> StageView:
-    """The problem with every group as a stage of its own; only what does not depend on the devices is read from it."""
-    groups = range(len(problem.groups))
-    return view(problem, Placement(tuple(Stage((g,), (0,)) for g in groups),
-                                   tuple((0,) * problem.num_microbatches for _ in groups), "groups apart"))
 
 
 def _duration(group: Group, kind: ActionKind, device: str, microbatch: int) -> int:
